@@ -1,0 +1,140 @@
+"""The only door to tensor code: the operations a LLaMA needs, and which implementation serves a device.
+
+Not an implementation: `reference` defines what is correct, `cpu` and `gpu` are fast. Weights are prepared once by
+the implementation that will use them; what `prepare_*` returns is opaque and belongs to it.
+
+Shapes: T tokens of a step over all sequences, S sequences, HQ query heads, HKV key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.weights import DenseWeight, Int8Weight, LinearWeight
+
+BackendName = Literal["auto", "reference", "cpu", "triton"]
+
+
+@dataclass(slots=True)
+class LayerKv:
+    """Key/value cache of one layer, token-major; a page is `block_size` consecutive slots."""
+
+    key: Tensor  # [num_slots, HKV, D]; int8, float16, bfloat16 or float32
+    value: Tensor  # [num_slots, HKV, D], same dtype
+    key_scale: Tensor | None = None  # float32 [num_slots, HKV] where the cache is int8: key ~ q * scale
+    value_scale: Tensor | None = None  # float32 [num_slots, HKV]
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Where each token of a step belongs. Sequences that decode (one token each) stand first.
+
+    Sequence s has its `query_starts[s] .. query_starts[s+1]` tokens in this step; they are the last ones of its
+    `context_lens[s]` tokens, all of which are in the cache once `store` ran. Host copies are kept for code that
+    loops over sequences.
+    """
+
+    slots: Tensor  # int64 [T]: cache slot of each token
+    block_tables: Tensor  # int32 [S, max_blocks]: page numbers, unused entries 0
+    context_lens: Tensor  # int32 [S]
+    query_starts: Tensor  # int32 [S + 1]
+    context_lens_host: list[int]
+    query_starts_host: list[int]
+    block_size: int
+    num_decodes: int  # the first `num_decodes` sequences have exactly one token
+    max_query_len: int
+    max_context_len: int
+
+
+class Ops(Protocol):
+    """What every back end implements. Activations are 2-D [T, features] and contiguous."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype  # of activations
+
+    def prepare_linear(self, weight: LinearWeight) -> Any:
+        """Lay out one matrix. Raises ValueError when shapes disagree."""
+        ...
+
+    def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Any:
+        """Lay out the three projections that share an input."""
+        ...
+
+    def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Any:
+        """Lay out the two MLP projections that share an input."""
+        ...
+
+    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Any:
+        """Lay out a table [vocab, hidden]; with `tied_head` what is returned may be given to `logits` as well."""
+        ...
+
+    def nbytes(self, prepared: Any) -> int:
+        """Bytes resident for what a `prepare_*` returned (layout and padding included)."""
+        ...
+
+    def embed(self, token_ids: Tensor, table: Any) -> Tensor:
+        """token_ids int64 [T] -> [T, hidden]."""
+        ...
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        ...
+
+    def logits(self, x: Tensor, weight: Any) -> Tensor:
+        """x [T, hidden] -> float32 [T, vocab]; `weight` from prepare_linear, or a tied table."""
+        ...
+
+    def qkv(self, x: Tensor, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> q [T, HQ*D], k [T, HKV*D], v [T, HKV*D]."""
+        ...
+
+    def gate_up_silu(self, x: Tensor, weight: Any) -> Tensor:
+        """silu(x gate^T) * (x up^T): x [T, hidden] -> [T, width]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., n] / rms(x) * weight [n]; statistics in float32 (Zhang & Sennrich 2019, eq. 4)."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(s), s) with s = x + residual; may overwrite `residual`."""
+        ...
+
+    def rotary_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """Rotate q [T, HQ, D] and k [T, HKV, D] by cos/sin float32 [T, D/2] (half-split pairs, as Hugging Face's
+        LLaMA), write k and v [T, HKV, D] to `slots` of the cache, return the rotated q [T, HQ, D]."""
+        ...
+
+    def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
+        """Causal attention of q [T, HQ, D] over the paged cache -> [T, HQ * D]. With a window, a token sees itself
+        and the window - 1 tokens before it."""
+        ...
+
+
+def make_ops(device: torch.device, dtype: torch.dtype, backend: BackendName = "auto") -> Ops:
+    """The implementation for a device: Triton on CUDA, the int8 CPU one elsewhere, unless one is named.
+
+    Raises ValueError for a name that is none of `BackendName`, RuntimeError where the device cannot run it.
+    """
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "cpu"
+    if backend == "triton":
+        from kernels.gpu.backend import TritonOps  # imports triton: absent on machines without it
+
+        return TritonOps(device, dtype)
+    if backend == "cpu":
+        from kernels.cpu import CpuOps
+
+        return CpuOps(device, dtype)
+    if backend == "reference":
+        from kernels.reference import ReferenceOps
+
+        return ReferenceOps(device, dtype)
+    raise ValueError(f"backend {backend!r} is none of auto, reference, cpu, triton")

@@ -1,0 +1,168 @@
+"""Every operation in the plainest torch: the definition of correct, in whatever dtype it is given.
+
+Not fast and not meant to be: tests hold the other back ends to it, in float64 where they can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.ops import AttentionBatch, LayerKv
+from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+
+
+class ReferenceOps:
+    """Keeps weights as they were stored and dequantizes at each use. `dtype` may be float64."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+
+    def prepare_linear(self, weight: LinearWeight) -> LinearWeight:
+        """The weight itself, on the device."""
+        return _to(weight, self.device)
+
+    def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> tuple[LinearWeight, ...]:
+        """The three weights."""
+        check_same_input(q, k, v)
+        return tuple(self.prepare_linear(w) for w in (q, k, v))
+
+    def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> tuple[LinearWeight, ...]:
+        """The two weights."""
+        check_same_input(gate, up)
+        return self.prepare_linear(gate), self.prepare_linear(up)
+
+    def prepare_embedding(
+        self, weight: DenseWeight | Int8Weight, tied_head: bool = False
+    ) -> DenseWeight | Int8Weight:
+        """The table itself, on the device."""
+        return _to(weight, self.device)
+
+    def nbytes(self, prepared: Any) -> int:
+        """Bytes of the stored tensors."""
+        return sum(w.nbytes for w in prepared) if isinstance(prepared, tuple) else prepared.nbytes
+
+    def embed(self, token_ids: Tensor, table: DenseWeight | Int8Weight) -> Tensor:
+        """token_ids [T] -> [T, hidden]."""
+        if isinstance(table, Int8Weight):
+            return table.qweight[token_ids].to(self.dtype) * table.scale[token_ids, None].to(self.dtype)
+        return table.weight[token_ids].to(self.dtype)
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        if isinstance(weight, LowRankWeight):
+            return self.linear(self.linear(x, weight.down), weight.up)
+        if isinstance(weight, Int8Weight):
+            y = F.linear(x, weight.qweight.to(x.dtype)) * weight.scale.to(x.dtype)
+        else:
+            y = F.linear(x, weight.weight.to(x.dtype))
+        return y if weight.bias is None else y + weight.bias.to(x.dtype)
+
+    def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """x [T, hidden] -> float32 [T, vocab]."""
+        return self.linear(x, weight).float()
+
+    def qkv(self, x: Tensor, weight: tuple[LinearWeight, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> q, k, v."""
+        q, k, v = (self.linear(x, w) for w in weight)
+        return q, k, v
+
+    def gate_up_silu(self, x: Tensor, weight: tuple[LinearWeight, ...]) -> Tensor:
+        """x [T, hidden] -> [T, width]."""
+        gate, up = (self.linear(x, w) for w in weight)
+        return F.silu(gate) * up
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As transformers' LlamaRMSNorm: statistics in float32 (or wider), then cast, then weight."""
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight.to(x.dtype) * normed.to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual)."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def rotary_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """Rotate q and k, write k and v to the cache, return q."""
+        store(rotate(k, cos, sin), kv.key, kv.key_scale, slots)
+        store(v, kv.value, kv.value_scale, slots)
+        return rotate(q, cos, sin)
+
+    def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
+        """Per sequence: gather its keys and values, mask, softmax, weigh."""
+        out = torch.empty_like(q)
+        group = q.shape[1] // kv.key.shape[1]
+        for s, context in enumerate(batch.context_lens_host):
+            begin, end = batch.query_starts_host[s], batch.query_starts_host[s + 1]
+            slots = sequence_slots(batch, s, context)
+            keys = gather(kv.key, kv.key_scale, slots, q.dtype).repeat_interleave(group, 1)  # [L, HQ, D]
+            values = gather(kv.value, kv.value_scale, slots, q.dtype).repeat_interleave(group, 1)
+            scores = torch.einsum("thd,lhd->htl", q[begin:end], keys) * scale
+            visible = causal_mask(end - begin, context, window, q.device)
+            probs = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+            out[begin:end] = torch.einsum("htl,lhd->thd", probs, values)
+        return out.flatten(1)
+
+
+def check_same_input(*weights: LinearWeight) -> None:
+    """Raises ValueError unless all weights take the same number of inputs."""
+    widths = {w.shape[1] for w in weights}
+    if len(widths) != 1:
+        raise ValueError(f"projections of one input differ in input width: {sorted(widths)}")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, H, D] by cos/sin [T, D/2] (Su et al. 2021, eq. 34; half-split pairs)."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    c, s = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+
+def store(x: Tensor, cache: Tensor, scale: Tensor | None, slots: Tensor) -> None:
+    """Write x [T, HKV, D] to `slots`; an int8 cache gets absmax/127 scales per token and head."""
+    if scale is None:
+        cache[slots] = x.to(cache.dtype)
+        return
+    step = (x.float().abs().amax(-1) / 127).clamp_min(1e-12)
+    scale[slots] = step
+    cache[slots] = (x.float() / step[..., None]).round().clamp(-127, 127).to(torch.int8)
+
+
+def gather(cache: Tensor, scale: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """[L, HKV, D] of one sequence, dequantized."""
+    rows = cache[slots].to(dtype)
+    return rows if scale is None else rows * scale[slots, :, None].to(dtype)
+
+
+def sequence_slots(batch: AttentionBatch, sequence: int, length: int) -> Tensor:
+    """int64 [length]: the cache slots of one sequence's tokens in order."""
+    size = batch.block_size
+    pages = batch.block_tables[sequence, : -(-length // size)].long()
+    return (pages[:, None] * size + torch.arange(size, device=pages.device)).flatten()[:length]
+
+
+def causal_mask(num_queries: int, context: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, context]: True where the query may look; the queries are the last of the context."""
+    rows = torch.arange(context - num_queries, context, device=device)[:, None]
+    columns = torch.arange(context, device=device)[None, :]
+    visible = columns <= rows
+    return visible if window is None else visible & (columns > rows - window)
+
+
+def _to(weight: Any, device: torch.device) -> Any:
+    if isinstance(weight, LowRankWeight):
+        return LowRankWeight(_to(weight.down, device), _to(weight.up, device))
+    bias = None if weight.bias is None else weight.bias.to(device)
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.qweight.to(device), weight.scale.to(device), bias)
+    return DenseWeight(weight.weight.to(device), bias)

@@ -1,0 +1,1 @@
+"""HTTP server: OpenAI-compatible API over a continuous-batching engine."""

@@ -1,0 +1,1 @@
+"""HTTP edge: request models, routes and streaming; no tensors here."""

@@ -1,0 +1,53 @@
+"""What the operator may choose, checked. `server.cli` fills it from arguments and SPQ_* variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+GIB = 1024**3
+
+
+class ServerConfig(BaseModel):
+    """All options of the server. Bytes are bytes, `_s` are seconds; None means: decide from the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # model
+    model: str  # packed folder, Hugging Face folder, or hub id
+    revision: str | None = None
+    served_model_names: tuple[str, ...] = ()  # empty: the folder's name
+    preset: Literal["default", "paper", "int8", "none"] = "default"  # compression where the model is not packed
+    calibration: str | None = None  # text file; None = the bundled sample
+    cache_dir: Path = Path("~/.cache/spq-serve")
+    chat_template: Path | None = None
+    max_model_len: int | None = Field(None, ge=2)  # tokens; None = the model's, or what fits
+
+    # device and memory
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    kv_dtype: Literal["auto", "int8", "float32", "float16", "bfloat16"] = "auto"
+    memory_budget: int | None = Field(None, gt=0)  # bytes on the device, whole process
+    kv_memory: int | None = Field(None, gt=0)  # bytes, overrides what the budget would leave
+    threads: int | None = Field(None, ge=1)  # CPU threads for tensor work
+
+    # scheduling
+    max_num_seqs: int = Field(64, ge=1)  # sequences running at once
+    max_batch_tokens: int = Field(512, ge=16)  # tokens per step: the length of a prefill chunk
+    block_size: int = Field(16, ge=1)  # tokens per KV page
+    prefix_caching: bool = True
+    admission_reserve: float = Field(0.3, ge=0.0, le=1.0)  # share of the not yet generated tokens kept free
+    max_queue: int = Field(256, ge=0)  # sequences waiting; more are refused with 503
+
+    # HTTP
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: tuple[str, ...] = ()
+    request_timeout_s: float | None = Field(None, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0)
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    max_sequences_per_request: int = Field(128, ge=1)  # n x prompts of one call
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,126 @@
+"""The types that live in the engine's loop. Standard library only: no torch, no HTTP.
+
+A `Sequence` is the one mutable thing: the scheduler moves it, the loop appends to it, nobody else writes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. OpenAI knows `stop` and `length`; the others never reach a finished answer."""
+
+    STOP = "stop"  # an end-of-sequence or stop token; stop strings are found later, by the detokenizer
+    LENGTH = "length"  # max_tokens or the context limit
+    ABORT = "abort"  # the client left, or a stop string was found
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What the engine honours for one sequence. Validated at the edge; the engine trusts it."""
+
+    max_tokens: int  # new tokens at most; 0 scores the prompt and stops
+    min_tokens: int = 0  # end-of-sequence and stop tokens are forbidden before this many
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    seed: int = 0  # always set: the edge draws one where the client gave none
+    repetition_penalty: float = 1.0  # over prompt and output (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()  # the model's own; empty under ignore_eos
+    logprobs: int | None = None  # None = none; k = the sampled token and the k best
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural, of the model's raw logits) of one position."""
+
+    logprob: float  # of the token that stands there
+    rank: int  # 1 = the most likely
+    top: tuple[tuple[int, float], ...]  # the k best, best first
+
+
+@dataclass(slots=True)
+class Timings:
+    """Monotonic seconds; None until it happened."""
+
+    arrived_s: float
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and what was generated after it."""
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    timings: Timings
+    deadline_s: float | None = None  # monotonic seconds
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache at first admission
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens known but not yet in the cache: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Part of one sequence to run in a step: its next `num_tokens` pending tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+    samples: bool  # this piece reaches the last known token, so a new one is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step. Decodes (one token each) stand before prefill chunks."""
+
+    work: tuple[Work, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run in this step."""
+        return sum(w.num_tokens for w in self.work)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the runner brings back for one piece of work that samples."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One event of one sequence: a token, or its end without one (error; max_tokens 0)."""
+
+    request_id: str
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # message, where finish_reason is ERROR

@@ -1,0 +1,1 @@
+"""The LLaMA family over `kernels.ops`, and loading it."""
