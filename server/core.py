@@ -15,6 +15,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # an end-of-sequence or stop token; stop strings are found later, by the detokenizer
     LENGTH = "length"  # max_tokens or the context limit
     ABORT = "abort"  # the client left, or a stop string was found
+    DEADLINE = "deadline"
     ERROR = "error"
 
 
@@ -117,7 +118,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One event of one sequence: a token, or its end without one (error; max_tokens 0)."""
+    """One event of one sequence: a token, or its end without one (deadline, error; max_tokens 0)."""
 
     request_id: str
     token_id: int | None

@@ -1,0 +1,132 @@
+"""Pages of the KV cache: who holds them, and which can be shared because they begin with the same tokens.
+
+Not the tensors: only page numbers. A full page is known by the chain of tokens up to its end, so a prefix match is
+exact, never a hash collision. A released page keeps its content until it is needed for something else (least
+recently used first).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from server.core import Sequence
+
+PageKey = tuple[int, tuple[int, ...]]  # (node of the page before, tokens of this page)
+ROOT = 0
+
+
+class BlockManager:
+    """Allocates, shares and recycles pages of `block_size` tokens."""
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))  # front goes first
+        self._holders = [0] * num_blocks
+        self._keys: list[PageKey | None] = [None] * num_blocks
+        self._nodes = [ROOT] * num_blocks  # node number of a page in the prefix tree, where it has a key
+        self._index: dict[PageKey, int] = {}
+        self._next_node = ROOT + 1
+        self._chains: dict[Sequence, tuple[int, int]] = {}  # pages entered in the tree, node of the last one
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds, cached content included."""
+        return len(self._free)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens occupy."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, token_ids: list[int]) -> list[int]:
+        """Pages that already hold the beginning of `token_ids`, never the last token: it must be run for logits."""
+        pages: list[int] = []
+        if not self.prefix_caching:
+            return pages
+        node, size = ROOT, self.block_size
+        for start in range(0, (len(token_ids) - 1) // size * size, size):
+            page = self._index.get((node, tuple(token_ids[start : start + size])))
+            if page is None:
+                break
+            pages.append(page)
+            node = self._nodes[page]
+        return pages
+
+    def num_unheld(self, pages: Iterable[int]) -> int:
+        """How many of the pages are on the free list: taking them lowers `num_free`."""
+        return sum(self._holders[p] == 0 for p in pages)
+
+    def adopt(self, sequence: Sequence, pages: list[int]) -> None:
+        """Give a sequence without pages the shared `pages` that `match_prefix` found; its tokens there are computed."""
+        assert not sequence.block_table
+        for page in pages:
+            if self._holders[page] == 0:
+                del self._free[page]
+            self._holders[page] += 1
+        sequence.block_table.extend(pages)
+        sequence.num_computed_tokens = len(pages) * self.block_size
+        self._chains[sequence] = (len(pages), self._nodes[pages[-1]] if pages else ROOT)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make room for the sequence's first `num_tokens` tokens; False (and no change) if pages are short."""
+        missing = self.pages_for(num_tokens) - len(sequence.block_table)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            page, _nothing = self._free.popitem(last=False)
+            self._forget(page)
+            self._holders[page] = 1
+            sequence.block_table.append(page)
+        return True
+
+    def commit(self, sequence: Sequence) -> None:
+        """Enter the pages that are now full into the prefix tree."""
+        if not self.prefix_caching:
+            return
+        entered, node = self._chains.get(sequence, (0, ROOT))
+        size = self.block_size
+        while (entered + 1) * size <= sequence.num_computed_tokens:
+            key = (node, tuple(sequence.token_ids[entered * size : (entered + 1) * size]))
+            page = self._index.get(key)
+            if page is None:  # else another sequence computed the same: its page stays the known one
+                page = sequence.block_table[entered]
+                self._index[key] = page
+                self._keys[page] = key
+                self._nodes[page] = self._next_node
+                self._next_node += 1
+            node = self._nodes[page]
+            entered += 1
+        self._chains[sequence] = (entered, node)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all pages back. What can be shared later goes to the back of the free list, its end first."""
+        self._chains.pop(sequence, None)
+        for page in reversed(sequence.block_table):
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                self._free[page] = None
+                if self._keys[page] is None:
+                    self._free.move_to_end(page, last=False)
+        sequence.block_table.clear()
+
+    def check(self, live: Iterable[Sequence]) -> None:
+        """Raises AssertionError unless the books agree with what the live sequences hold."""
+        held = [0] * self.num_blocks
+        for sequence in live:
+            assert len(set(sequence.block_table)) == len(sequence.block_table), "a page twice in one table"
+            assert sequence.num_computed_tokens <= len(sequence.block_table) * self.block_size, "tokens without a page"
+            for page in sequence.block_table:
+                held[page] += 1
+        assert held == self._holders, "holders miscounted"
+        assert set(self._free) == {p for p, n in enumerate(held) if n == 0}, "free list wrong"
+        for key, page in self._index.items():
+            assert self._keys[page] == key, "prefix index points at a page with other content"
+        assert sum(k is not None for k in self._keys) == len(self._index), "a key outside the index"
+
+    def _forget(self, page: int) -> None:
+        key = self._keys[page]
+        if key is not None:
+            del self._index[key]
+            self._keys[page] = None
