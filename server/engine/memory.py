@@ -1,0 +1,130 @@
+"""How much memory the process uses and may use on its device, and how much of it the KV cache gets.
+
+The cache is sized last, from what is measured free once weights are loaded and the largest step has run; there is no
+fraction to guess. Bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MIB = 1024**2
+MARGIN_BYTES = 32 * MIB  # kept free for what grows after start: connections, detokenizers, allocator slack
+MARGIN_SHARE = 0.02  # of the limit, on top
+CPU_KV_SHARE = 0.25  # of free memory, where nobody set a budget: other programs live there too
+MIN_CONTEXT = 256  # tokens that must fit, where the operator asked for no length
+
+
+class MemoryBudgetError(Exception):
+    """The model cannot run in the memory allowed; the message says how much it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A reading. `process` is what this process holds on the device."""
+
+    total: int
+    free: int
+    process: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlan:
+    """How the cache is laid out."""
+
+    num_blocks: int
+    max_model_len: int  # tokens
+    limit: int  # bytes the process may hold
+
+
+def read_memory(device: torch.device) -> DeviceMemory:
+    """CUDA: the driver's free bytes, everything not free counted as ours (other processes on the card included,
+    so the budget errs on the safe side). CPU: resident set, and what the kernel or the cgroup says is available."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(total, free, total - free)
+    fields = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+    }
+    total, free = fields["MemTotal"], fields["MemAvailable"]
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    limit = _cgroup_limit()
+    if limit is not None and limit < total:
+        total, free = limit, min(free, max(0, limit - resident))
+    return DeviceMemory(total, free, resident)
+
+
+def plan_kv(
+    memory: DeviceMemory,
+    *,
+    device: torch.device,
+    token_bytes: int,
+    block_size: int,
+    wanted_len: int,
+    explicit_len: bool,
+    max_num_seqs: int,
+    memory_budget: int | None,
+    kv_memory: int | None,
+) -> KvPlan:
+    """Size the cache. `memory` was read with weights loaded and after the largest step.
+
+    Raises MemoryBudgetError when not even one sequence of the length asked for (or of 256 tokens) would fit.
+    """
+    limit = min(memory.process + memory.free, memory_budget or memory.total)
+    margin = MARGIN_BYTES + round(MARGIN_SHARE * limit)
+    room = limit - memory.process - margin
+    if kv_memory is not None:
+        room = min(room, kv_memory)
+    elif memory_budget is None and device.type == "cpu":
+        room = min(room, round(CPU_KV_SHARE * memory.free))
+    block_bytes = token_bytes * block_size
+    must_len = wanted_len if explicit_len else min(MIN_CONTEXT, wanted_len)
+    must_blocks = -(-must_len // block_size)
+    if room < must_blocks * block_bytes:
+        needed = memory.process + margin + must_blocks * block_bytes
+        raise MemoryBudgetError(
+            f"{must_len} tokens of KV cache need {format_bytes(must_blocks * block_bytes)}, but "
+            f"{format_bytes(max(0, room))} are left of {format_bytes(limit)}: the process holds "
+            f"{format_bytes(memory.process)} and keeps {format_bytes(margin)} spare. It needs "
+            f"{format_bytes(needed)} in all: raise --memory-budget (or --kv-memory) to that, shorten "
+            f"--max-model-len, or use --kv-dtype int8"
+        )
+    blocks = min(room // block_bytes, max_num_seqs * -(-wanted_len // block_size))
+    return KvPlan(blocks, min(wanted_len, blocks * block_size), limit)
+
+
+def format_bytes(count: int) -> str:
+    """Binary units, three digits: 512 MiB, 6.74 GiB."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """'6GiB', '900MiB', '6GB' (decimal), '1073741824'. Raises ValueError."""
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units |= {f"{letter}IB": 1024**power, f"{letter}B": 1000**power, letter: 1024**power}
+    cleaned = text.strip().upper().replace(" ", "")
+    digits = cleaned.rstrip("BIKMGT")
+    try:
+        return int(float(digits) * units[cleaned[len(digits) :]])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a size; write for example 6GiB, 900MiB or 1073741824") from None
+
+
+def _cgroup_limit() -> int | None:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        return None if text == "max" else int(text)
+    return None

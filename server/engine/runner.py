@@ -1,0 +1,43 @@
+"""Runs one scheduled batch on the device: tensors in, sampled tokens out. The only place where a step meets torch."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.ops import LayerKv
+from server.core import SampledToken, ScheduledBatch, Sequence
+from server.engine import inputs, sampler
+from server.model.llama import Llama
+
+SCORED_ROWS = 64  # prompt rows turned to logits at a time: bounds rows x vocabulary
+
+
+class ModelRunner:
+    """A model, its cache and the step between them."""
+
+    def __init__(self, model: Llama, cache: list[LayerKv], block_size: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._block_size = block_size
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """One token per sampling work, in order; prompt scores go to `Sequence.prompt_logprobs`."""
+        model = self._model
+        step = inputs.build(batch, self._block_size, model.ops.device)
+        hidden = model.forward(step.token_ids, step.positions, step.lengths, step.attention, self._cache)
+        for index, rows in step.prompt_rows.items():
+            self._score_prompt(batch.work[index].sequence, hidden[rows])
+        if not step.sample_rows:
+            return []
+        logits = model.logits(hidden[step.sample_rows])
+        return sampler.sample(logits, [w.sequence for w in batch.work if w.samples])
+
+    def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor) -> None:
+        """hidden [R, hidden]: row i predicts the (i+1)-th prompt token that has no score yet."""
+        for chunk in hidden.split(SCORED_ROWS):
+            log_probs = torch.log_softmax(self._model.logits(chunk), -1)
+            first = len(sequence.prompt_logprobs) + 1
+            targets = sequence.token_ids[first : first + len(chunk)]
+            tops = [sequence.params.prompt_logprobs or 0] * len(chunk)
+            sequence.prompt_logprobs += sampler.token_logprobs(log_probs, targets, tops)
