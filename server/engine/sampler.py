@@ -84,12 +84,12 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     )
     ids = torch.empty(len(params), dtype=torch.int64, device=device)
     cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-    whole = [i for i in range(len(params)) if i not in set(cut)]
+    whole = [i for i, p in enumerate(params) if not (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)]
     if whole:
         ids[whole] = _invert(probs[whole], points[whole])
     if cut:
         kept = [params[i] for i in cut]
-        ordered, order = torch.sort(probs[cut], -1, descending=True, stable=True)
+        ordered, order = torch.sort(probs[cut], dim=-1, descending=True, stable=True)
         ranks = torch.arange(ordered.shape[1], device=device)
         before = ordered.cumsum(-1) - ordered  # probability of all better tokens
         keep = before < torch.tensor([[p.top_p] for p in kept], device=device)

@@ -1,0 +1,119 @@
+"""Sampling: truncation, penalties, seeds that depend on nothing else, and log-probabilities of the raw logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from server.core import SamplingParams, Sequence, Timings
+from server.engine.sampler import adjust, sample, uniform
+
+VOCAB = 50
+
+
+def sequence(prompt: int = 3, output: tuple[int, ...] = (), **params: object) -> Sequence:
+    options: dict[str, object] = {"max_tokens": 99, **params}
+    ids = [*range(prompt), *output]
+    return Sequence("s", ids, prompt, SamplingParams(**options), Timings(0.0))  # type: ignore[arg-type]
+
+
+def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def draws(row: torch.Tensor, count: int = 4000, **params: object) -> torch.Tensor:
+    """Frequencies of `count` independent draws from one row of logits."""
+    sequences = [sequence(seed=i, **params) for i in range(count)]
+    ids = [t.token_id for t in sample(row.repeat(count, 1), sequences)]
+    return torch.bincount(torch.tensor(ids), minlength=VOCAB) / count
+
+
+def test_temperature_zero_is_argmax() -> None:
+    rows = logits(5)
+    assert [t.token_id for t in sample(rows.clone(), [sequence(temperature=0.0) for _ in range(5)])] == (
+        rows.argmax(-1).tolist()
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_frequencies_follow_the_softmax(temperature: float) -> None:
+    row = logits()
+    target = torch.softmax(row[0] / temperature, -1)
+    # standard error of a frequency is at most sqrt(0.25 / 4000) = 0.008; five of them bound the largest of 50
+    assert (draws(row, temperature=temperature) - target).abs().max() < 5 * 0.008
+
+
+def test_truncations_leave_exactly_the_tokens_they_should() -> None:
+    row = logits(seed=1)
+    probs = torch.softmax(row[0], -1)
+    order = probs.argsort(descending=True)
+    assert set(draws(row, top_k=4).nonzero()[:, 0].tolist()) == set(order[:4].tolist())
+    kept = int((probs[order].cumsum(0) - probs[order] < 0.8).sum())
+    assert set(draws(row, top_p=0.8).nonzero()[:, 0].tolist()) == set(order[:kept].tolist())
+    above = (probs >= 0.2 * probs.max()).nonzero()[:, 0].tolist()
+    assert set(draws(row, min_p=0.2).nonzero()[:, 0].tolist()) == set(above)
+    assert set(draws(row, top_p=1e-9).nonzero()[:, 0].tolist()) == {int(order[0])}
+
+
+def test_a_seed_draws_the_same_whatever_shares_the_batch() -> None:
+    rows = logits(6, seed=2)
+    kinds = [{"top_k": 5}, {}, {"temperature": 0.0}, {"top_p": 0.7}, {"min_p": 0.1}, {"logprobs": 2}]
+    together = sample(rows.clone(), [sequence(seed=7, **k) for k in kinds])
+    for i, kind in enumerate(kinds):
+        assert sample(rows[i : i + 1].clone(), [sequence(seed=7, **kind)])[0] == together[i]
+
+
+def test_uniform_is_uniform_and_distinct() -> None:
+    values = torch.tensor([uniform(seed, index) for seed in range(-50, 50) for index in range(50)], dtype=torch.float64)
+    assert values.unique().numel() == values.numel()
+    assert values.min() >= 0 and values.max() < 1
+    # the mean of 5000 uniforms has a standard error of sqrt(1 / 12 / 5000) = 0.004
+    assert abs(values.mean() - 0.5) < 4 * 0.004
+    quarters = torch.histc(values, 4, 0, 1) / values.numel()
+    assert (quarters - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 5000)
+
+
+def test_penalties_match_their_definitions() -> None:
+    row = logits(seed=3)[0]
+    item = sequence(2, (5, 5, 9), repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.3)
+    expected = row.clone()
+    for token in {0, 1, 5, 9}:
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    for token, count in ((5, 2), (9, 1)):
+        expected[token] -= 0.4 + 0.3 * count
+    adjust(row, item)
+    torch.testing.assert_close(row, expected)
+
+
+def test_logit_bias_forces_and_forbids() -> None:
+    row = logits(seed=4)
+    best = int(row.argmax())
+    assert sample(row.clone(), [sequence(temperature=0.0, logit_bias=((best, -100.0),))])[0].token_id != best
+    assert sample(row.clone(), [sequence(temperature=0.0, logit_bias=((17, 100.0),))])[0].token_id == 17
+
+
+def test_min_tokens_forbids_every_end() -> None:
+    row = torch.zeros(1, VOCAB)
+    row[0, 3], row[0, 4] = 50.0, 40.0
+    ends = {"eos_token_ids": frozenset({3}), "stop_token_ids": frozenset({4}), "temperature": 0.0}
+    assert sample(row.clone(), [sequence(min_tokens=1, **ends)])[0].token_id not in (3, 4)
+    assert sample(row.clone(), [sequence(output=(8,), min_tokens=1, **ends)])[0].token_id == 3
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    row = logits(seed=5)
+    scores = torch.log_softmax(row[0], -1)
+    token = sample(row.clone(), [sequence(temperature=0.0, logprobs=3, logit_bias=((11, 100.0),))])[0]
+    assert token.logprobs is not None
+    assert token.token_id == 11
+    assert token.logprobs.logprob == pytest.approx(scores[11].item())
+    assert token.logprobs.rank == int((scores > scores[11]).sum()) + 1
+    assert [i for i, _ in token.logprobs.top] == scores.topk(3).indices.tolist()
+    assert sample(row.clone(), [sequence(logprobs=0)])[0].logprobs.top == ()  # type: ignore[union-attr]
+
+
+def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
+    row = logits(seed=6)
+    assert sample(row.clone(), [sequence(temperature=1e-30)])[0].token_id == int(row.argmax())
