@@ -1,0 +1,223 @@
+"""`spq-serve`: arguments and SPQ_* variables to a `ServerConfig`, and a running uvicorn.
+
+The only reader of the environment in the server. Every flag has a variable of the same name; a flag wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from pydantic import ValidationError
+
+from server.app import create_app
+from server.config import ServerConfig
+from server.engine.memory import parse_bytes
+from server.model.resolve import preflight
+from server.service import Service
+from spq.errors import SpqError
+
+CONNECTIONS_END_S = 5  # after the drain: time for sockets to close
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One flag. The field of ServerConfig has the flag's name unless `field` says otherwise."""
+
+    flag: str
+    help: str
+    parse: Callable[[str], Any] = str
+    field: str | None = None
+    choices: tuple[str, ...] | None = None
+    many: bool = False  # may be repeated; the variable holds a comma-separated list
+
+    @property
+    def name(self) -> str:
+        """Field of ServerConfig."""
+        return self.field or self.flag.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Name of the environment variable."""
+        return "SPQ_" + self.flag.replace("-", "_").upper()
+
+
+def _switch(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither on nor off")
+
+
+FLOATS = ("float32", "float16", "bfloat16")
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "model": (
+        Option("model", "packed folder, Hugging Face folder, or hub id"),
+        Option("revision", "branch, tag or commit, for a hub id"),
+        Option(
+            "served-model-name",
+            "name clients use; repeat for several (default: the folder's name)",
+            field="served_model_names",
+            many=True,
+        ),
+        Option(
+            "preset",
+            "how to compress a model that is not packed; none serves it as it is",
+            choices=("default", "paper", "int8", "none"),
+        ),
+        Option("calibration", "text file to calibrate on (default: the bundled sample)"),
+        Option("cache-dir", "where compressed models are kept"),
+        Option("chat-template", "Jinja file that replaces the model's chat template"),
+        Option("max-model-len", "tokens of prompt and answer (default: the model's, or what fits)", int),
+    ),
+    "device and memory": (
+        Option("device", "where to run", choices=("auto", "cuda", "cpu")),
+        Option("dtype", "of activations; auto: float32 on CPU, a 16-bit type on CUDA", choices=("auto", *FLOATS)),
+        Option("backend", "kernels; auto: Triton on CUDA", choices=("auto", "reference", "cpu", "triton")),
+        Option("kv-dtype", "of the KV cache; auto: as --dtype", choices=("auto", "int8", *FLOATS)),
+        Option(
+            "memory-budget",
+            "bytes the whole process may hold on the device, e.g. 6GiB (default: what is free)",
+            parse_bytes,
+        ),
+        Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
+        Option("threads", "CPU threads for tensor work (default: all cores)", int),
+    ),
+    "scheduling": (
+        Option("max-num-seqs", "sequences running at once", int),
+        Option("max-batch-tokens", "tokens per step, so also the longest prefill chunk", int),
+        Option("block-size", "tokens per KV page", int),
+        Option("prefix-caching", "share KV pages of equal prompt beginnings: on or off", _switch),
+        Option("admission-reserve", "share (0..1) of the tokens still to come that admission keeps free", float),
+        Option("max-queue", "sequences that may wait; more are refused with 503", int),
+    ),
+    "HTTP": (
+        Option("host", "address to listen on"),
+        Option("port", "port to listen on", int),
+        Option(
+            "api-key", "key that clients must send; repeat for several (default: none)", field="api_keys", many=True
+        ),
+        Option("request-timeout", "seconds a request may take (default: no limit)", float, field="request_timeout_s"),
+        Option("drain-timeout", "seconds that accepted requests get after SIGTERM", float, field="drain_timeout_s"),
+        Option("max-body", "bytes of a request body at most, e.g. 8MiB", parse_bytes, field="max_body_bytes"),
+        Option("max-sequences-per-request", "n times prompts of one call", int),
+        Option("log-level", "how much to log", choices=("debug", "info", "warning", "error")),
+    ),
+}
+
+
+def read_config(arguments: list[str], environment: Mapping[str, str]) -> ServerConfig:
+    """Options from flags, then SPQ_* variables, then defaults. Exits with 2 and one line on a wrong one."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    known = {option.variable for group in OPTIONS.values() for option in group}
+    for group in OPTIONS.values():
+        for option in group:
+            texts, source = given[option.name], f"--{option.flag}"
+            if texts is None and environment.get(option.variable):
+                source = option.variable
+                text = environment[option.variable]
+                texts = [part.strip() for part in text.split(",") if part.strip()] if option.many else text
+            if texts is None:
+                continue
+            try:
+                values[option.name] = tuple(map(option.parse, texts)) if option.many else option.parse(texts)
+            except ValueError as error:
+                parser.error(f"{source}: {error}")
+    for name in sorted(n for n in environment if n.startswith("SPQ_") and n not in known):
+        logging.getLogger(__name__).debug("variable %s is not an option of spq-serve", name)
+    if "model" not in values:
+        parser.error("--model (or SPQ_MODEL) is missing: give a packed folder, a Hugging Face folder or a hub id")
+    try:
+        return ServerConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flags = {option.name: option.flag for group in OPTIONS.values() for option in group}
+        parser.error(f"--{flags.get(str(first['loc'][0]), first['loc'][0])}: {first['msg']}, got {first['input']!r}")
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that keeps the port open while it drains, so that probes see 503 and clients a Retry-After."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain: asyncio.Task[None] | None = None
+        self.failed = False
+        service.on_failure = self._fail
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain, then exit. Second one: exit at once."""
+        if self._drain is None and sig in (signal.SIGTERM, signal.SIGINT):
+            self._drain = asyncio.get_event_loop().create_task(self._drain_then_exit())
+        else:
+            self.force_exit = True
+            self.should_exit = True
+
+    async def _drain_then_exit(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
+
+    def _fail(self) -> None:
+        self.failed = True
+        self.should_exit = True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option or model."""
+    config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        preflight(config)
+    except SpqError as error:
+        print(f"spq-serve: {error}", file=sys.stderr)
+        sys.exit(2)
+    service = Service(config)
+    server = DrainingServer(
+        uvicorn.Config(
+            create_app(service),
+            host=config.host,
+            port=config.port,
+            log_config=None,
+            access_log=False,  # server.app writes one line a request, with its id
+            timeout_graceful_shutdown=CONNECTIONS_END_S,
+            server_header=False,
+        ),
+        service,
+    )
+    server.run()
+    if server.failed:
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spq-serve",
+        description="Serve a LLaMA-family model over an OpenAI-compatible API, compressed with SPQ.",
+        epilog="Every flag has an environment variable: --max-model-len is SPQ_MAX_MODEL_LEN. A flag wins.",
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            default = ServerConfig.model_fields[option.name].default
+            note = f" (default: {default})" if default is not None and default != () and option.name != "model" else ""
+            group.add_argument(
+                f"--{option.flag}",
+                dest=option.name,
+                action="append" if option.many else "store",
+                choices=option.choices,
+                metavar=None if option.choices else option.flag.split("-")[-1].upper(),
+                help=(option.help + note).replace("%", "%%"),
+            )
+    return parser
