@@ -143,8 +143,10 @@ def read_config(arguments: list[str], environment: Mapping[str, str]) -> ServerC
         return ServerConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            parser.error(first["msg"])
         flags = {option.name: option.flag for group in OPTIONS.values() for option in group}
-        parser.error(f"--{flags.get(str(first['loc'][0]), first['loc'][0])}: {first['msg']}, got {first['input']!r}")
+        parser.error(f"--{flags[str(first['loc'][0])]}: {first['msg']}, got {first['input']!r}")
 
 
 class DrainingServer(uvicorn.Server):

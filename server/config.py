@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 GIB = 1024**3
 
@@ -51,3 +51,12 @@ class ServerConfig(BaseModel):
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_sequences_per_request: int = Field(128, ge=1)  # n x prompts of one call
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _budget_has_room(self) -> Self:
+        if self.max_batch_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"--max-batch-tokens {self.max_batch_tokens} must exceed --max-num-seqs {self.max_num_seqs}, or full "
+                "batches would leave no room for prompts"
+            )
+        return self

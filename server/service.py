@@ -89,9 +89,8 @@ class Service:
             clock, now = self._clock, time.monotonic()
             phase: Phase = clock.phase
             error = self._error
-            if phase in ("ready", "draining") and self.engine is not None and not self.engine.stats().alive:
-                if phase == "ready":
-                    phase, error = "failed", "the engine stopped after an error; see the log"
+            if phase == "ready" and self.engine is not None and not self.engine.stats().alive:
+                phase, error = "failed", "the engine stopped after an error; see the log"
             return Status(
                 phase=phase,
                 detail=self._detail,
