@@ -21,10 +21,8 @@ from pydantic import ValidationError
 
 from server.app import create_app
 from server.config import ServerConfig
-from server.engine.memory import parse_bytes
-from server.model.resolve import preflight
 from server.service import Service
-from spq.errors import SpqError
+from server.sizes import parse_bytes
 
 CONNECTIONS_END_S = 5  # after the drain: time for sockets to close
 
@@ -177,14 +175,9 @@ class DrainingServer(uvicorn.Server):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option or model."""
+    """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        preflight(config)
-    except SpqError as error:
-        print(f"spq-serve: {error}", file=sys.stderr)
-        sys.exit(2)
     service = Service(config)
     server = DrainingServer(
         uvicorn.Config(

@@ -54,6 +54,24 @@ class NotFound(ServeError):
             self.code = code
 
 
+class MethodNotAllowed(ServeError):
+    """405: the route exists, the method does not; `Allow` says what does."""
+
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class PayloadTooLarge(ServeError):
+    """413: the body is larger than the operator allows."""
+
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedMediaType(ServeError):
+    """415: the body is not declared as JSON."""
+
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
 class Overloaded(ServeError):
     """503 with Retry-After: queue full, still starting, or draining. Stock clients retry by themselves."""
 
@@ -63,6 +81,12 @@ class Overloaded(ServeError):
         super().__init__(message, headers={"Retry-After": str(max(1, retry_after_s))})
         if code is not None:
             self.code = code
+
+
+class Unhealthy(ServeError):
+    """503 of the health check: only a restart helps."""
+
+    status, type, code = 503, "server_error", "unhealthy"
 
 
 class DeadlineExceeded(ServeError):

@@ -13,22 +13,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from server.config import ServerConfig
-from server.engine.build import build_engine, pick_device
 from server.engine.engine import Engine
-from server.engine.memory import MemoryBudgetError, format_bytes
 from server.errors import EngineError, Overloaded
 from server.metrics import Metrics
-from server.model.resolve import model_name, prepare_folder
-from server.tokenizer import Tokenizer
-from spq.errors import SpqError
+from server.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["starting", "downloading", "compressing", "loading", "warming_up", "ready", "draining", "failed"]
+Report = Callable[[Phase, float, str, float | None], None]  # phase, share done, detail, seconds left
 EXPECTED_START_S = 10  # Retry-After while nothing better is known
+
+
+class StartUpError(Exception):
+    """The model cannot be served, and the message says all that the operator needs to mend it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,17 @@ class _Clock:
         self.phase, self.phase_started_s = phase, now
 
 
+def default_name(model: str) -> str:
+    """What clients call a model where no name was given: the last part of its folder or hub id."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model.rsplit("/", 1)[-1]
+
+
 class Service:
     """Holds what requests need: options, metrics, and once loaded the engine and the tokenizer."""
 
     def __init__(self, config: ServerConfig, *, check_every_step: bool = False) -> None:
         self.config = config
-        self.served_names = config.served_model_names or (model_name(config.model),)
+        self.served_names = config.served_model_names or (default_name(config.model),)
         self.metrics = Metrics(self.served_names[0])
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer | None = None
@@ -133,16 +142,12 @@ class Service:
 
     def _run(self, event_loop: asyncio.AbstractEventLoop) -> None:
         try:
-            folder = self._prepare()
-            tokenizer = Tokenizer(folder, chat_template=self.config.chat_template)
-            engine = build_engine(
-                folder,
-                self.config,
-                progress=self._report,
-                on_step=self.metrics.step,
-                check_every_step=self._check_every_step,
+            from server import startup  # torch and transformers take seconds to import: the port is open meanwhile
+
+            engine, tokenizer = startup.start_up(
+                self.config, self._report, on_step=self.metrics.step, check_every_step=self._check_every_step
             )
-        except (SpqError, MemoryBudgetError, OSError, ValueError) as error:
+        except StartUpError as error:
             self._fail(str(error))
         except Exception as error:
             logger.exception("start-up failed")
@@ -153,18 +158,12 @@ class Service:
             self._enter("ready")
             self._announce(engine)
 
-    def _prepare(self) -> Path:
-        def report(phase: Phase, detail: str, progress: float, eta_s: float | None) -> None:
-            self._report(phase, progress, detail, eta_s)
-
-        return prepare_folder(self.config, pick_device(self.config), report)
-
-    def _report(self, phase: str, progress: float, detail: str = "", eta_s: float | None = None) -> None:
+    def _report(self, phase: Phase, progress: float, detail: str = "", eta_s: float | None = None) -> None:
         with self._lock:
             if self._clock.phase == "draining":
                 return
             if phase != self._clock.phase:
-                self._clock.enter(phase)  # type: ignore[arg-type]
+                self._clock.enter(phase)
                 logger.info("start-up: %s", phase)
             spent = time.monotonic() - self._clock.phase_started_s
             guess = spent / progress * (1 - progress) if progress > 0.05 else None

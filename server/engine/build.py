@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,19 +20,20 @@ from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop
-from server.engine.memory import MemoryBudgetError, format_bytes, plan_kv, read_memory
+from server.engine.memory import MemoryBudgetError, plan_kv, read_memory
 from server.engine.runner import ModelRunner
 from server.model.facts import compression_facts
 from server.model.llama import Llama
 from server.model.load import load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.scheduler import Scheduler
+from server.sizes import format_bytes
 from spq.checkpoint import open_model
 from spq.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, float], None]  # (phase, share of the phase done)
+Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
 
 def build_engine(

@@ -10,11 +10,12 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from server.config import ServerConfig
-from server.engine.memory import format_bytes
+from server.sizes import format_bytes
 from spq.cache import packed_path
 from spq.calibrate import bundled_calibration, read_text, text_hash
 from spq.checkpoint import open_model
@@ -26,28 +27,13 @@ from spq.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[str, str, float, float | None], None]  # phase, detail, share done, seconds left
-
-
-def model_name(model: str) -> str:
-    """What clients call a model by default: the last part of its folder or hub id."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model.rsplit("/", 1)[-1]
-
-
-def preflight(config: ServerConfig) -> None:
-    """Refuse at once what a look at the headers can refuse. Raises SpqError; a hub id is only looked at later."""
-    folder = Path(config.model).expanduser()
-    if folder.is_dir():
-        find_model(config.model, config.revision)
-        open_model(folder).close()
-    if config.calibration is not None:
-        read_text(Path(config.calibration))
+Report = Callable[[Literal["downloading", "compressing"], float, str, float | None], None]
 
 
 def prepare_folder(config: ServerConfig, device: torch.device, report: Report) -> Path:
     """The folder to load. Compresses where needed and not done before. Raises SpqError."""
     if not Path(config.model).expanduser().is_dir():
-        report("downloading", config.model, 0.0, None)
+        report("downloading", 0.0, config.model, None)
     folder = find_model(config.model, config.revision)
     source = open_model(folder)
     packed, layers = source.manifest is not None, source.spec.num_layers
@@ -65,9 +51,9 @@ def prepare_folder(config: ServerConfig, device: torch.device, report: Report) -
 
     def show(progress: Progress) -> None:
         detail = f"{progress.stage}, layer {progress.layer + 1} of {layers}"
-        report("compressing", detail, progress.done, progress.eta_s)
+        report("compressing", progress.done, detail, progress.eta_s)
 
-    report("compressing", "", 0.0, None)
+    report("compressing", 0.0, "", None)
     target.parent.mkdir(parents=True, exist_ok=True)
     result = compress(
         folder, target, options, calibration_text=text, device=device, progress=show, overwrite=target.exists()

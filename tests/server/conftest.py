@@ -11,14 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `models`
 
-from kernels.ops import BackendName, make_ops  # noqa: E402
-from server.core import SamplingParams, Sequence, Timings  # noqa: E402
-from server.engine.kv_cache import allocate  # noqa: E402
-from server.engine.runner import ModelRunner  # noqa: E402
-from server.model.load import load_model  # noqa: E402
-from server.scheduler.blocks import BlockManager  # noqa: E402
-from server.scheduler.scheduler import Scheduler  # noqa: E402
-from spq.checkpoint import open_model  # noqa: E402
+from kernels.ops import BackendName, make_ops
+from server.core import SamplingParams, Sequence, Timings
+from server.engine.kv_cache import allocate
+from server.engine.runner import ModelRunner
+from server.model.load import load_model
+from server.scheduler.blocks import BlockManager
+from server.scheduler.scheduler import Scheduler
+from spq.checkpoint import open_model
 
 
 class Harness:

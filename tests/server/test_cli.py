@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from models import random_model
+from models import REPOSITORY, random_model
 
 from server.cli import OPTIONS, main, read_config
 from server.config import ServerConfig
@@ -67,25 +69,36 @@ def test_help_names_groups_units_and_defaults(capsys: pytest.CaptureFixture[str]
         assert part in text
 
 
-def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """What the log says when the process is started on a folder that cannot be served."""
     with pytest.raises(SystemExit) as caught:
-        main(["--model", str(folder), "--port", "0"])
-    assert caught.value.code == 2
-    return capsys.readouterr().err
+        main(["--model", str(folder), "--port", "0", "--device", "cpu"])
+    assert caught.value.code == 1
+    [record] = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.exc_info is None
+    return record.getMessage()
 
 
-def test_another_architecture_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_architecture_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = refused(tmp_path, capsys)
+    message = refused(tmp_path, caplog)
     assert "GPT2LMHeadModel" in message and "LlamaForCausalLM" in message
 
 
-def test_an_empty_folder_and_a_truncated_file_are_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "no config.json" in refused(tmp_path, capsys)
+def test_an_empty_folder_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "no config.json" in refused(tmp_path, caplog)
+
+
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     random_model("llama").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors" in refused(tmp_path, capsys)
+    assert "model.safetensors" in refused(tmp_path, caplog)
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    """What has to be imported before the port opens; torch and transformers take seconds."""
+    code = "import sys, server.cli; print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert found.stdout.strip() == "[]"

@@ -10,14 +10,8 @@ from models import random_model
 
 from server.config import ServerConfig
 from server.engine.build import build_engine
-from server.engine.memory import (
-    DeviceMemory,
-    MemoryBudgetError,
-    format_bytes,
-    parse_bytes,
-    plan_kv,
-    read_memory,
-)
+from server.engine.memory import DeviceMemory, MemoryBudgetError, plan_kv, read_memory
+from server.sizes import format_bytes, parse_bytes
 from spq.errors import OptionError
 
 MIB = 1024**2

@@ -1,0 +1,48 @@
+"""The application: routes, failure handlers and middleware around a `Service`. No logic of its own.
+
+All state is the service's, on `app.state`; nothing is global, so several apps can live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from server.api import admin, chat, completions, text
+from server.api.failures import install_handlers
+from server.api.middleware import ApiKey, BodyLimit, RequestContext
+
+if TYPE_CHECKING:
+    from server.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """An ASGI app. Its lifespan starts the service and drains it at the end."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.drain()
+            service.close()
+
+    # The interactive pages would load scripts from elsewhere; the schema itself stays.
+    app = FastAPI(title="spq-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    service.metrics.bind(
+        stats=lambda: None if service.engine is None else service.engine.stats(),
+        status=service.status,
+        info=lambda: None if service.engine is None else service.engine.info,
+    )
+    for router in (completions.router, chat.router, text.router, admin.router):
+        app.include_router(router)
+    install_handlers(app, service.metrics)
+    app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)  # the last one added is outermost
+    app.add_middleware(ApiKey, keys=service.config.api_keys)
+    app.add_middleware(RequestContext, metrics=service.metrics)
+    return app

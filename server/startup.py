@@ -1,0 +1,39 @@
+"""Everything between an open port and a ready engine, in order. Imported late: it brings torch and transformers.
+
+Not the state of start-up (`server.service` keeps it): this only calls the steps and reports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from server.config import ServerConfig
+from server.engine.build import build_engine, pick_device
+from server.engine.engine import Engine
+from server.engine.memory import MemoryBudgetError
+from server.model.resolve import prepare_folder
+from server.service import Report, StartUpError
+from server.tokenizer import Tokenizer
+from spq.errors import SpqError
+
+
+def start_up(
+    config: ServerConfig, report: Report, *, on_step: Callable[[int, float], None], check_every_step: bool
+) -> tuple[Engine, Tokenizer]:
+    """Find, compress if needed, load. The engine is not started.
+
+    Raises StartUpError for what the operator can mend; anything else is a defect and keeps its traceback.
+    """
+    try:
+        folder = prepare_folder(config, pick_device(config), report)
+        tokenizer = Tokenizer(folder, chat_template=config.chat_template)
+        engine = build_engine(
+            folder,
+            config,
+            progress=lambda phase, done: report(phase, done, "", None),
+            on_step=on_step,
+            check_every_step=check_every_step,
+        )
+    except (SpqError, MemoryBudgetError, OSError, ValueError) as error:
+        raise StartUpError(str(error)) from error
+    return engine, tokenizer
