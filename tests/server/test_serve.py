@@ -172,7 +172,26 @@ def test_errors_arrive_as_the_clients_exceptions(client: openai.OpenAI) -> None:
 
 def test_64_clients_a_third_of_them_leaving_leave_nothing_behind(server: Server) -> None:
     rng = random.Random(3)
-    words = ["the", "old", "man", "went", "to", "sea", "and", "saw", "a", "great", "storm", "over", "dark", "hills", "with", "his", "little", "dog"]
+    words = [
+        "the",
+        "old",
+        "man",
+        "went",
+        "to",
+        "sea",
+        "and",
+        "saw",
+        "a",
+        "great",
+        "storm",
+        "over",
+        "dark",
+        "hills",
+        "with",
+        "his",
+        "little",
+        "dog",
+    ]
     prompts = [" ".join(rng.choices(words, k=rng.randrange(2, 150))) for _ in range(64)]
     lengths = [rng.randrange(10, 90) for _ in prompts]
     leaving = set(rng.sample(range(64), 21))
