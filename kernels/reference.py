@@ -38,9 +38,7 @@ class ReferenceOps:
         check_same_input(gate, up)
         return self.prepare_linear(gate), self.prepare_linear(up)
 
-    def prepare_embedding(
-        self, weight: DenseWeight | Int8Weight, tied_head: bool = False
-    ) -> DenseWeight | Int8Weight:
+    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseWeight | Int8Weight:
         """The table itself, on the device."""
         return _to(weight, self.device)
 

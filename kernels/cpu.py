@@ -1,0 +1,155 @@
+"""The operations of a LLaMA on CPUs, fast enough to serve: int8 matrices stay int8, activations are float32.
+
+Not the definition of correct (`reference`), nor matrices (`cpu_linear`), integer products (`cpu_engines`) or attention
+(`cpu_attention`). Everything except the int8 product is plain torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu_attention import paged_attention
+from kernels.cpu_engines import machine_choice
+from kernels.cpu_linear import DigitMatrix, FloatMatrix, Joint, WidenedMatrix, join, lay_out
+from kernels.ops import AttentionBatch, LayerKv
+from kernels.reference import check_same_input
+from kernels.weights import DenseWeight, Int8Weight, LinearWeight
+
+
+@dataclass(slots=True)
+class Table:
+    """Embedding rows as stored, and the matrix for logits where the head is tied to them."""
+
+    rows: Tensor  # [vocab, hidden], int8 or float
+    scale: Tensor | None  # float32 [vocab] for int8 rows
+    head: FloatMatrix | DigitMatrix | WidenedMatrix | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, their scales and the head's own copy (none where it uses the rows themselves)."""
+        own = self.rows.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        if self.head is None:
+            return own
+        kept = self.head.weight if isinstance(self.head, FloatMatrix) else self.head.qweight
+        return own if kept is self.rows else own + self.head.nbytes
+
+
+class CpuOps:
+    """See kernels.ops.Ops. Raises ValueError for a device that is not a CPU or activations other than float32.
+
+    `linear_method` names what multiplies int8 weights (small ones are widened in any case), `linear_reason` why: the
+    outcome of the self-test. Unless the method is "widened", an int8 product of a row does not depend on the other
+    rows, bit for bit.
+    """
+
+    name = "cpu"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpu' on device {device}: name a CPU device, or backend 'triton' for CUDA")
+        if dtype != torch.float32:
+            raise ValueError(f"dtype {dtype} on a CPU: only float32 is supported; set dtype to float32 or auto")
+        self.device = device
+        self.dtype = dtype
+        choice = machine_choice()
+        self._engines = choice.engines
+        self.linear_method = choice.engines[0].name if choice.engines else "widened"
+        self.linear_reason = choice.reason
+
+    def prepare_linear(self, weight: LinearWeight) -> Joint:
+        """Pack one matrix (or pair). Drop the caller's tensors afterwards: what a digit engine packed is a copy."""
+        return join([weight], self._engines)
+
+    def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Joint:
+        """Pack three projections of one input. Raises ValueError when their input widths differ."""
+        check_same_input(q, k, v)
+        return join([q, k, v], self._engines)
+
+    def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Joint:
+        """Pack two projections of one input. Raises ValueError when their shapes differ."""
+        check_same_input(gate, up)
+        if gate.shape != up.shape:
+            raise ValueError(f"gate_proj has {gate.shape[0]} outputs, up_proj {up.shape[0]}: they must be equal")
+        return join([gate, up], self._engines)
+
+    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
+        """Keep the rows; with `tied_head` also pack them as a matrix (a second copy unless the rows serve as they
+        are: float32, or int8 that is widened at each use)."""
+        head = lay_out([weight], self._engines) if tied_head else None
+        if isinstance(weight, Int8Weight):
+            return Table(weight.qweight, weight.scale.float(), head)
+        return Table(weight.weight, None, head)
+
+    def nbytes(self, prepared: Joint | Table) -> int:
+        """Bytes resident, packing included (an upper bound for AVX512 packing)."""
+        return prepared.nbytes
+
+    def embed(self, token_ids: Tensor, table: Table) -> Tensor:
+        """token_ids int64 [T] -> float32 [T, hidden]."""
+        rows = table.rows.index_select(0, token_ids).float()
+        return rows if table.scale is None else rows.mul_(table.scale.index_select(0, token_ids)[:, None])
+
+    def linear(self, x: Tensor, weight: Joint) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        return weight.apply(x)[0]
+
+    def logits(self, x: Tensor, weight: Joint | Table) -> Tensor:
+        """x [T, hidden] -> float32 [T, vocab]. Raises ValueError for a table prepared without `tied_head`."""
+        if isinstance(weight, Joint):
+            return weight.apply(x)[0]
+        if weight.head is None:
+            raise ValueError("this embedding has no head: prepare it with tied_head=True")
+        return weight.head.multiply(x)
+
+    def qkv(self, x: Tensor, weight: Joint) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> contiguous q, k, v."""
+        q, k, v = weight.apply(x)
+        return q.contiguous(), k.contiguous(), v.contiguous()
+
+    def gate_up_silu(self, x: Tensor, weight: Joint) -> Tensor:
+        """x [T, hidden] -> [T, width]."""
+        gate, up = weight.apply(x)
+        return F.silu(gate).mul_(up)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., n] float32 -> the same shape."""
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+        return (x * scale).mul_(weight)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Overwrites `residual` with the sum."""
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps), residual
+
+    def rotary_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """See Ops; `q` and `k` are left as they were."""
+        cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # [T, 1, D]
+        _store(_rotate(k, cos, sin), kv.key, kv.key_scale, slots)
+        _store(v, kv.value, kv.value_scale, slots)
+        return _rotate(q, cos, sin)
+
+    def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
+        """See Ops."""
+        return paged_attention(q, kv, batch, scale, window)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] into new memory; cos and sin [T, 1, D], sin negative in its first half (half-split pairs)."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    return (x * cos).addcmul_(swapped, sin)
+
+
+def _store(x: Tensor, cache: Tensor, scale: Tensor | None, slots: Tensor) -> None:
+    """Write x [T, HKV, D] to `slots`; int8 caches get absmax/127 scales per token and head, as in `reference`."""
+    if scale is not None:
+        step = x.abs().amax(-1).div_(127).clamp_min_(1e-12)  # [T, HKV]
+        scale.index_copy_(0, slots, step)
+        x = (x / step[..., None]).round_().clamp_(-127, 127)
+    cache.index_copy_(0, slots, x.to(cache.dtype))

@@ -1,0 +1,197 @@
+"""Int8 and float matrices laid out for CPUs, alone or stacked where several read one input.
+
+Not the integer GEMMs nor their error (`cpu_engines`), nor the model's operations (`cpu`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu_engines import Engine, Widening, two_digit_product
+from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+
+WIDEN_ELEMENTS = 1 << 19  # float32 elements widened at a time: 2 MiB stay in the cache and in reused memory
+SMALL = 96 << 10  # weights up to which widening is the fastest: 192 x 192, 1 row: 60 us, fbgemm 91, oneDNN 127 (Zen 3)
+DIGIT_ROWS = 256  # rows multiplied at a time: bounds the digits and the products of both digits
+
+
+@dataclass(slots=True)
+class DigitMatrix:
+    """Int8 weights multiplied by two-digit activations: a row's result depends on that row alone, bit for bit."""
+
+    engine: Engine
+    packed: Any
+    out_features: int
+    nbytes: int
+
+    @property
+    def qweight(self) -> Tensor | None:
+        """The int8 weights where they are kept as they were stored."""
+        return self.packed[0] if isinstance(self.engine, Widening) else None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Exact up to `cpu_engines.digit_bound`."""
+        if x.shape[0] <= DIGIT_ROWS:
+            return two_digit_product(x, self.packed, self.engine)
+        y = torch.empty(x.shape[0], self.out_features)
+        for start in range(0, x.shape[0], DIGIT_ROWS):
+            part = slice(start, start + DIGIT_ROWS)
+            y[part] = two_digit_product(x[part], self.packed, self.engine)
+        return y
+
+
+@dataclass(slots=True)
+class WidenedMatrix:
+    """Int8 weights as stored, widened to float32 block by block at each use: right on any machine, 1 byte a weight.
+
+    Rows of a result may differ in the last bits with the number of rows, as in any float32 GEMM.
+    """
+
+    qweight: Tensor  # int8 [out, in]
+    scale: Tensor  # float32 [out]
+    nbytes: int
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Exact up to float32 rounding."""
+        block = max(1, WIDEN_ELEMENTS // self.qweight.shape[1])
+        if block >= self.qweight.shape[0]:
+            return F.linear(x, self.qweight.float()).mul_(self.scale)
+        return torch.cat([F.linear(x, part.float()) for part in torch.split(self.qweight, block)], -1).mul_(self.scale)
+
+
+@dataclass(slots=True)
+class FloatMatrix:
+    """Float weights, kept in float32."""
+
+    weight: Tensor  # float32 [out, in]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the float32 copy."""
+        return self.weight.nbytes
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return F.linear(x, self.weight)
+
+
+Matrix = DigitMatrix | WidenedMatrix | FloatMatrix  # each with nbytes and multiply(x [M, in]) -> [M, out]
+
+
+@dataclass(slots=True)
+class Output:
+    """One projection of a Joint: columns of a first matrix, then perhaps a second factor and a bias."""
+
+    first: int  # index of the first matrix
+    columns: slice | None  # its columns; None for all of them
+    up: Matrix | None
+    bias: Tensor | None  # float32 [out]
+
+
+@dataclass(slots=True)
+class Joint:
+    """Linear maps of one input. Matrices that read the input are stacked by kind, so it is split into digits once."""
+
+    firsts: list[Matrix]
+    outputs: list[Output]
+
+    def apply(self, x: Tensor) -> list[Tensor]:
+        """x [T, in] -> one [T, out] per projection; a view with a row stride where matrices are stacked."""
+        products = [matrix.multiply(x) for matrix in self.firsts]
+        results = []
+        for output in self.outputs:
+            y = products[output.first]
+            if output.columns is not None:
+                y = y[:, output.columns]
+            if output.up is not None:
+                y = output.up.multiply(y)
+            results.append(y if output.bias is None else y.add_(output.bias))
+        return results
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of matrices and biases."""
+        ups = sum(o.up.nbytes for o in self.outputs if o.up is not None)
+        biases = sum(o.bias.nbytes for o in self.outputs if o.bias is not None)
+        return sum(m.nbytes for m in self.firsts) + ups + biases
+
+
+def join(weights: Sequence[LinearWeight], engines: Sequence[Engine]) -> Joint:
+    """Stack the matrices that read one input: the int8 ones into one, the float ones into another.
+
+    Raises ValueError where the shapes of a weight disagree.
+    """
+    leaves = [w.down if isinstance(w, LowRankWeight) else w for w in weights]
+    for weight in weights:
+        _check(weight)
+    joint = Joint([], [])
+    places: dict[int, tuple[int, slice | None]] = {}
+    for kind in (Int8Weight, DenseWeight):
+        members = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kind)]
+        if not members:
+            continue
+        start = 0
+        for i in members:
+            stop = start + leaves[i].shape[0]
+            places[i] = len(joint.firsts), None if len(members) == 1 else slice(start, stop)
+            start = stop
+        joint.firsts.append(lay_out([leaves[i] for i in members], engines))
+    for i, weight in enumerate(weights):
+        up = lay_out([weight.up], engines) if isinstance(weight, LowRankWeight) else None
+        bias = None if weight.bias is None else weight.bias.float()
+        joint.outputs.append(Output(*places[i], up, bias))
+    return joint
+
+
+def lay_out(leaves: Sequence[Leaf], engines: Sequence[Engine]) -> Matrix:
+    """One matrix of weights of one kind, stacked along the outputs; biases are not its business."""
+    quantized = [leaf for leaf in leaves if isinstance(leaf, Int8Weight)]
+    if quantized:
+        return lay_out_int8(_stack([w.qweight for w in quantized]), _stack([w.scale for w in quantized]), engines)
+    return FloatMatrix(_stack([leaf.weight.float() for leaf in leaves if isinstance(leaf, DenseWeight)]))
+
+
+def lay_out_int8(qweight: Tensor, scale: Tensor, engines: Sequence[Engine]) -> Matrix:
+    """Int8 [out, in] by size: small ones widened, others packed by the first engine that fits, else kept as stored."""
+    rows, columns = qweight.shape
+    scale = scale.float()
+    stored = qweight.nbytes + scale.nbytes
+    small = Widening()
+    if qweight.numel() <= SMALL and columns <= small.max_columns:
+        return DigitMatrix(small, small.pack(qweight, scale), rows, small.packed_nbytes(rows, columns))
+    for index, engine in enumerate(engines):
+        nbytes = engine.packed_nbytes(rows, columns)
+        # 512-blocks make a [4096, 96] factor 5.5 times larger in fbgemm; oneDNN takes those at 1.3x the time
+        if nbytes > 1.5 * stored and index + 1 < len(engines):
+            continue
+        if (2 * engine.digit + 1) * 127 * columns < 2**31:
+            return DigitMatrix(engine, engine.pack(qweight, scale), rows, nbytes)
+    return WidenedMatrix(qweight.contiguous(), scale.contiguous(), stored)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """The parts along the first dimension; a single one is not copied."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _check(weight: LinearWeight) -> None:
+    """Raises ValueError where the shapes of one weight disagree."""
+    if isinstance(weight, LowRankWeight):
+        if weight.up.shape[1] != weight.down.shape[0]:
+            raise ValueError(f"low-rank pair: down has rank {weight.down.shape[0]}, up expects {weight.up.shape[1]}")
+        if weight.down.bias is not None:
+            raise ValueError("low-rank pair: the first factor has a bias; only the second may have one")
+        _check(weight.down)
+        _check(weight.up)
+        return
+    rows = weight.shape[0]
+    if isinstance(weight, Int8Weight) and weight.scale.shape != (rows,):
+        raise ValueError(f"int8 weight of {rows} rows has scales of shape {tuple(weight.scale.shape)}")
+    if weight.bias is not None and weight.bias.shape != (rows,):
+        raise ValueError(f"weight of {rows} rows has a bias of shape {tuple(weight.bias.shape)}")
