@@ -34,15 +34,19 @@ class TokenBytes:
 
     Byte-level vocabularies (GPT-2, Llama 3) spell bytes as printable characters; SentencePiece-style ones (Llama 2)
     have a token `<0xXX>` per byte; everything else is text, read off as what a token adds behind an anchor token.
+    Keeps the vocabulary and the decoder, not the tokenizer, whose backend another thread may be switching.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        kinds = _decoder_kinds(getattr(backend, "decoder", None))
-        self._bytes_of_char = _byte_level_alphabet() if "ByteLevel" in kinds else None
-        self._anchor = next(iter(tokenizer.encode("a", add_special_tokens=False)[-1:]), None)
-        self._anchor_text = "" if self._anchor is None else self._decode([self._anchor])
+        if backend is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no fast backend; the model's folder needs tokenizer.json")
+        self._pieces: dict[int, str] = {token_id: piece for piece, token_id in tokenizer.get_vocab().items()}
+        self._decoder = backend.decoder
+        self._bytes_of_char = _byte_level_alphabet() if "ByteLevel" in _decoder_kinds(backend.decoder) else None
+        anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._anchor = [self._pieces[token_id] for token_id in anchor]
+        self._anchor_len = len(self._decode(self._anchor))
         self._inner: dict[int, bytes] = {}
         self._first: dict[int, bytes] = {}
 
@@ -55,24 +59,23 @@ class TokenBytes:
         return known
 
     def _find(self, token_id: int, first: bool) -> bytes:
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        piece = self._pieces.get(token_id)
         if piece is None:
             return b""
         if self._bytes_of_char is not None:
             try:
                 return bytes(self._bytes_of_char[char] for char in piece)
             except KeyError:  # an added token, spelled as itself
-                return str(piece).encode()
+                return piece.encode()
         byte = BYTE_TOKEN.fullmatch(piece)
         if byte is not None:
-            return b"" if first and not self._decode([token_id]) else bytes.fromhex(byte[1])
-        if first or self._anchor is None:
-            return self._decode([token_id]).encode()
-        return self._decode([self._anchor, token_id])[len(self._anchor_text) :].encode()
+            return b"" if first and not self._decode([piece]) else bytes.fromhex(byte[1])
+        if first:
+            return self._decode([piece]).encode()
+        return self._decode([*self._anchor, piece])[self._anchor_len :].encode()
 
-    def _decode(self, token_ids: list[int]) -> str:
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
+    def _decode(self, pieces: list[str]) -> str:
+        return " ".join(pieces) if self._decoder is None else str(self._decoder.decode(pieces))
 
 
 class StopMatcher:

@@ -86,11 +86,6 @@ class Service:
         self._eta_s: float | None = None
         self._error: str | None = None
         self._thread: threading.Thread | None = None
-        self.metrics.bind(
-            stats=lambda: None if self.engine is None else self.engine.stats(),
-            status=self.status,
-            info=lambda: None if self.engine is None else self.engine.info,
-        )
 
     def status(self) -> Status:
         """Where the server stands."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -95,6 +96,24 @@ def test_head_is_get_without_a_body(bench: Any, path: str) -> None:
     response = bench.client.head(path)
     assert (response.status_code, response.content) == (200, b"")
     assert response.headers["content-type"] == bench.client.get(path).headers["content-type"]
+
+
+def test_head_has_no_body_whatever_the_web_server_does(bench: Any) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def call() -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "HEAD", "path": "/health", "headers": [], "query_string": b""}
+        await bench.client.app(scope, receive, send)
+
+    asyncio.run(call())
+    assert sent[0]["status"] == 200
+    assert b"".join(message.get("body", b"") for message in sent[1:]) == b""
 
 
 def test_metrics_text_parses(bench: Any) -> None:

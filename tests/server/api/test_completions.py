@@ -286,3 +286,13 @@ def test_end_without_a_reason_is_an_error(bench: Any) -> None:
     response = bench.complete()
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "engine_error"
+
+
+def test_an_answer_that_met_its_stop_is_aborted_while_the_others_go_on(bench: Any) -> None:
+    bench.script.text = lambda i: ("stop" if i == 0 else "") + "x" * 100
+    answers = texts(bench.complete(n=2, stop="stop", max_tokens=100))
+    assert answers == ["", "x" * 100]
+    stopped, other = bench.engine.generations
+    assert stopped.aborted
+    assert stopped.sequence.num_output_tokens < 10
+    assert other.sequence.num_output_tokens == 100

@@ -1,0 +1,90 @@
+"""What handlers share: the service behind the app, the served names, the deadline, and a JSON answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, Request
+from starlette.responses import Response
+
+from server.api.generate import TokenCounts
+from server.api.responses import Answer, ErrorAnswer, PromptTokensDetails, Usage
+from server.errors import BadRequest, NotFound
+from server.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from server.service import Service
+else:
+    Service = Any  # FastAPI evaluates annotations; the service itself would import torch here
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Raise NotFound for a name that is not served; None stands for the served one."""
+    if name is not None and name not in service.served_names:
+        names = ", ".join(service.served_names)
+        raise NotFound(f"the model {ascii(name)[:200]} is not served here; served: {names}",
+                       param="model", code="model_not_found")  # fmt: skip
+
+
+def read_deadline(request: Request, service: Service) -> float | None:
+    """Monotonic time by which the answer must be done: X-Request-Timeout, at most the server's own limit."""
+    limit = service.config.request_timeout_s
+    header = request.headers.get("x-request-timeout")
+    if header is not None:
+        try:
+            asked = float(header)
+        except ValueError:
+            asked = math.nan
+        if not 0 < asked < math.inf:
+            raise BadRequest(f"X-Request-Timeout {ascii(header)[:50]} is no positive number of seconds",
+                             param="X-Request-Timeout")  # fmt: skip
+        limit = asked if limit is None else min(asked, limit)
+    return None if limit is None else time.monotonic() + limit
+
+
+def check_num_sequences(service: Service, *, n: int, num_prompts: int) -> None:
+    """Raise BadRequest where one call asks for more answers than the operator allows."""
+    limit = service.config.max_sequences_per_request
+    if n * num_prompts > limit:
+        raise BadRequest(
+            f"{num_prompts} prompts with n {n} are {n * num_prompts} answers; the limit is {limit} a request",
+            param="n" if n > 1 else "prompt",
+        )
+
+
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Ids of a text, in a thread so that other requests' streams go on meanwhile."""
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def new_id(prefix: str) -> str:
+    """A response id."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def json_answer(answer: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response model as a response."""
+    return Response(answer.to_json(), status, headers, media_type="application/json")
+
+
+def usage_of(counts: TokenCounts) -> Usage:
+    """OpenAI's usage object."""
+    return Usage(
+        prompt_tokens=counts.prompt,
+        completion_tokens=counts.completion,
+        total_tokens=counts.prompt + counts.completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=counts.cached),
+    )
