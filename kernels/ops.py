@@ -51,7 +51,7 @@ class AttentionBatch:
 
 
 class Ops(Protocol):
-    """What every back end implements. Activations are 2-D [T, features] and contiguous."""
+    """What every back end implements. Activations are 2-D [T, features], contiguous where nothing else is said."""
 
     name: str
     device: torch.device
@@ -94,7 +94,8 @@ class Ops(Protocol):
         ...
 
     def gate_up_silu(self, x: Tensor, weight: Any) -> Tensor:
-        """silu(x gate^T) * (x up^T): x [T, hidden] -> [T, width]."""
+        """silu(x gate^T) * (x up^T): x [T, hidden] -> [T, width], which may be a view with padded rows: give it to
+        `linear` as it is."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

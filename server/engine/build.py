@@ -33,6 +33,7 @@ from spq.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
+KERNEL_ROWS = (1, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
 Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
 
@@ -152,9 +153,10 @@ def device_name(device: torch.device) -> str:
 
 
 def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch.dtype) -> int:
-    """Run the largest prefill chunk, then a full decode batch with the costliest sampling, on a throw-away cache.
+    """Run the largest prefill chunk, then decode batches with the costliest sampling, on a throw-away cache.
 
-    Returns the bytes a step needs beyond weights and cache, as measured.
+    On CUDA the batches are one of each size class that the kernels know, at short and long context, so that nothing is
+    compiled while a request waits. Returns the bytes a step needs beyond weights and cache, as measured.
     """
     size = config.block_size
     device = model.ops.device
@@ -170,8 +172,14 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
     now = Timings(time.monotonic())
     prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
     runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
-    decodes = [Sequence(f"warm-up-{i}", [0], 1, params, now, block_table=pages[:1]) for i in range(config.max_num_seqs)]
-    runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
+    sizes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
+    for count in sorted(sizes | {config.max_num_seqs}):
+        for context in {1, num_tokens}:
+            decodes = [
+                Sequence(f"warm-up-{i}", [0] * context, 1, params, now, None, context - 1, block_table=pages)
+                for i in range(count)
+            ]
+            runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
     del cache, runner
     if cuda:
         torch.cuda.synchronize(device)
