@@ -26,7 +26,8 @@ class ReferenceOps:
 
     def prepare_linear(self, weight: LinearWeight) -> LinearWeight:
         """The weight itself, on the device."""
-        return _to(weight, self.device)
+        moved: LinearWeight = _to(weight, self.device)
+        return moved
 
     def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> tuple[LinearWeight, ...]:
         """The three weights."""
@@ -40,7 +41,8 @@ class ReferenceOps:
 
     def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseWeight | Int8Weight:
         """The table itself, on the device."""
-        return _to(weight, self.device)
+        moved: DenseWeight | Int8Weight = _to(weight, self.device)
+        return moved
 
     def nbytes(self, prepared: Any) -> int:
         """Bytes of the stored tensors."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -40,7 +41,7 @@ class Sample:
     itl_s: list[float] = field(default_factory=list)
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
+class Clock(StoppingCriteria):
     """Notes when each token of a static batch is there."""
 
     def __init__(self) -> None:
@@ -124,11 +125,9 @@ def start_server(model: str, preset: str, threads: int, cache: Path, log: Path) 
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
     while time.monotonic() < end and process.poll() is None:
-        try:
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready", timeout=2).status_code == 200:
                 return process, url
-        except httpx.TransportError:
-            pass
         time.sleep(0.1)
     process.kill()
     raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-2000:]}")
@@ -160,7 +159,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(arguments.threads)
     config = transformers.AutoConfig.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     if torch.cuda.is_available():
         model = model.to("cuda")
     arguments.cache_dir.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -25,6 +25,7 @@ from server.service import Service
 from server.sizes import parse_bytes
 
 CONNECTIONS_END_S = 5  # after the drain: time for sockets to close
+ECHO_S = 1.0  # a signal this soon after the first is the same one, sent to the whole process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +155,18 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain: asyncio.Task[None] | None = None
+        self._first_signal_s = 0.0
         self.failed = False
         service.on_failure = self._fail
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain, then exit. Second one: exit at once."""
-        if self._drain is None and sig in (signal.SIGTERM, signal.SIGINT):
-            self._drain = asyncio.get_event_loop().create_task(self._drain_then_exit())
-        else:
-            self.force_exit = True
-            self.should_exit = True
+        """First signal: drain, then exit. A later one: exit at once; a process group's echo of the first is none."""
+        if self._drain is None:
+            self._first_signal_s = time.monotonic()
+            self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
+        elif time.monotonic() - self._first_signal_s > ECHO_S:
+            print("stopped without waiting for the requests in progress", file=sys.stderr)
+            os._exit(1)
 
     async def _drain_then_exit(self) -> None:
         await self._service.drain()
@@ -192,6 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         service,
     )
     server.run()
+    if service.is_starting:  # inside a long matrix operation; the interpreter cannot end while torch's threads run
+        os._exit(int(server.failed))
     if server.failed:
         sys.exit(1)
 

@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 Phase = Literal["starting", "downloading", "compressing", "loading", "warming_up", "ready", "draining", "failed"]
 Report = Callable[[Phase, float, str, float | None], None]  # phase, share done, detail, seconds left
 EXPECTED_START_S = 10  # Retry-After while nothing better is known
+CANCEL_S = 5.0  # what a start-up gets to notice that it is not wanted any more
+
+
+class StartUpCancelled(Exception):
+    """Raised by a progress report on the start-up thread once the server is to stop."""
 
 
 class StartUpError(Exception):
@@ -86,6 +91,7 @@ class Service:
         self._eta_s: float | None = None
         self._error: str | None = None
         self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
 
     def status(self) -> Status:
         """Where the server stands."""
@@ -128,12 +134,21 @@ class Service:
         """Unready at once; accepted requests may end within the drain timeout, new ones are refused."""
         if self.status().phase == "draining":
             return
+        self._stopping.set()
         self._enter("draining")
         if self.engine is not None:
             await self.engine.drain(self.config.drain_timeout_s)
 
     def close(self) -> None:
-        """Nothing is left to free: the thread is a daemon, files are closed, the cache dies with the process."""
+        """Wait a little for a start-up that was cut off, so that it removes its unfinished files."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(CANCEL_S)
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the start-up thread still runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def _run(self, event_loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -142,21 +157,25 @@ class Service:
             engine, tokenizer = startup.start_up(
                 self.config, self._report, on_step=self.metrics.step, check_every_step=self._check_every_step
             )
+        except StartUpCancelled:
+            logger.info("start-up was cut off")
         except StartUpError as error:
             self._fail(str(error))
         except Exception as error:
             logger.exception("start-up failed")
             self._fail(f"{type(error).__name__}: {error}")
         else:
+            if self._stopping.is_set():
+                return
             engine.start(event_loop)
             self.tokenizer, self.engine = tokenizer, engine
             self._enter("ready")
             self._announce(engine)
 
     def _report(self, phase: Phase, progress: float, detail: str = "", eta_s: float | None = None) -> None:
+        if self._stopping.is_set():
+            raise StartUpCancelled
         with self._lock:
-            if self._clock.phase == "draining":
-                return
             if phase != self._clock.phase:
                 self._clock.enter(phase)
                 logger.info("start-up: %s", phase)

@@ -1,1 +1,6 @@
-"""Compression of LLaMA-family checkpoints by SVD, pruning and quantization, and the packed format."""
+"""Compression of LLaMA-family checkpoints by SVD, pruning and quantization, and the packed format.
+
+Importing it teaches transformers to load packed folders (see `spq.hf`).
+"""
+
+from spq import hf as hf

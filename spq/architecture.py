@@ -73,7 +73,9 @@ def spec_of(config: PretrainedConfig) -> ModelSpec:
     names = config.architectures or []
     architecture = names[0] if names else f"(none; model_type {config.model_type})"
     if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise UnsupportedModelError(
+            f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"{architecture} with hidden_act {config.hidden_act!r}: only 'silu' is supported")
     heads = config.num_attention_heads
@@ -94,7 +96,7 @@ def spec_of(config: PretrainedConfig) -> ModelSpec:
         tied=bool(config.tie_word_embeddings),
         qk_norm=architecture == "Qwen3ForCausalLM",
         windows=_windows(config, architecture),
-        max_positions=config.max_position_embeddings,
+        max_positions=_max_positions(config),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         config=config,
     )
@@ -102,9 +104,21 @@ def spec_of(config: PretrainedConfig) -> ModelSpec:
 
 def _windows(config: PretrainedConfig, architecture: str) -> tuple[int | None, ...]:
     """Mistral: one window for all layers. Qwen: `layer_types` says which layers have one. LLaMA: none."""
-    window = getattr(config, "sliding_window", None)
-    layers = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None)
+    layers: int = config.num_hidden_layers
     if architecture == "MistralForCausalLM":
         return (window,) * layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    return tuple([window if kind == "sliding_attention" else None for kind in kinds])
+
+
+def _max_positions(config: PretrainedConfig) -> int:
+    """Tokens the rotary embedding reaches. `linear` and `dynamic` configs state the length before scaling (as vLLM
+    reads them); `yarn` states either; the other kinds state the length after it."""
+    rope = config.rope_parameters
+    trained: int = config.max_position_embeddings
+    if rope["rope_type"] in ("linear", "dynamic"):
+        return int(trained * rope["factor"])
+    if rope["rope_type"] == "yarn":
+        return max(trained, int(rope.get("original_max_position_embeddings", trained) * rope["factor"]))
+    return trained

@@ -1,4 +1,4 @@
-"""What can be wrong with a model folder; each message names the file or tensor, the value and the remedy."""
+"""What can be wrong with a model folder or a request to compress one; messages name the value and the remedy."""
 
 
 class SpqError(Exception):
@@ -15,3 +15,15 @@ class ModelFileError(SpqError):
 
 class PackedFormatError(ModelFileError):
     """A packed folder breaks its own manifest: version, tensor, shape or length."""
+
+
+class OptionError(SpqError):
+    """An option, or a combination of options, that means nothing."""
+
+
+class CalibrationError(SpqError):
+    """A calibration or evaluation text is missing, too short or cannot be tokenized."""
+
+
+class OutputError(SpqError):
+    """The output folder exists already or cannot be written."""

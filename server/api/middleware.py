@@ -21,6 +21,8 @@ from server.errors import PayloadTooLarge, ServeError, Unauthorized
 from server.metrics import Metrics
 
 access_log = logging.getLogger("server.access")
+PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds: logged only at --log-level debug
+QUIET = (200, 503)
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
@@ -68,7 +70,8 @@ class RequestContext:
             seconds = time.monotonic() - started
             handler = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.http(handler, method if method in KNOWN_METHODS else "other", status, seconds)
-            access_log.info("%s %s %d %.1f ms %s", method, ascii(path)[1:-1], status, seconds * 1000, request_id)
+            level = logging.DEBUG if path in PROBES and status in QUIET else logging.INFO
+            access_log.log(level, "%s %s %d %.1f ms %s", method, ascii(path)[1:-1], status, seconds * 1000, request_id)
 
 
 class ApiKey:

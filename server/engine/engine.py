@@ -116,7 +116,11 @@ class Engine:
 
     def start(self, event_loop: asyncio.AbstractEventLoop) -> None:
         """Begin serving; `event_loop` is where outputs are delivered."""
-        self._loop.start(lambda outputs: event_loop.call_soon_threadsafe(self._deliver, outputs))
+
+        def publish(outputs: list[StepOutput]) -> None:
+            event_loop.call_soon_threadsafe(self._deliver, outputs)
+
+        self._loop.start(publish)
 
     def submit(self, requests: SequenceOf[GenerationRequest]) -> list[Generation]:
         """Queue all requests or none.

@@ -35,7 +35,8 @@ class ModelRunner:
 
     def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor) -> None:
         """hidden [R, hidden]: row i predicts the (i+1)-th prompt token that has no score yet."""
-        for chunk in hidden.split(SCORED_ROWS):
+        for start in range(0, len(hidden), SCORED_ROWS):
+            chunk = hidden[start : start + SCORED_ROWS]
             log_probs = torch.log_softmax(self._model.logits(chunk), -1)
             first = len(sequence.prompt_logprobs) + 1
             targets = sequence.token_ids[first : first + len(chunk)]

@@ -6,6 +6,8 @@ tokens whatever shares its batch, and again after a preemption. Log-probabilitie
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,13 @@ def adjust(row: Tensor, sequence: Sequence) -> None:
     """Apply penalties, biases and min_tokens to one row [vocab], in place."""
     params = sequence.params
     if params.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1; over prompt and output
-        seen = torch.tensor(sequence.token_ids, device=row.device).unique()
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:  # as OpenAI's API reference defines them
-        output = torch.tensor(sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=row.device)
-        ids, counts = output.unique(return_counts=True)
+        times = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
+        ids = torch.tensor(list(times), dtype=torch.int64, device=row.device)
+        counts = torch.tensor(list(times.values()), dtype=row.dtype, device=row.device)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias:
         row[token_id] += bias

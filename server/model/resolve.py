@@ -21,7 +21,7 @@ from spq.calibrate import bundled_calibration, read_text, text_hash
 from spq.checkpoint import open_model
 from spq.compress import compress
 from spq.config import SPQConfig
-from spq.errors import SpqError
+from spq.errors import OutputError, SpqError
 from spq.hub import find_model
 from spq.progress import Progress
 
@@ -55,9 +55,12 @@ def prepare_folder(config: ServerConfig, device: torch.device, report: Report) -
 
     report("compressing", 0.0, "", None)
     target.parent.mkdir(parents=True, exist_ok=True)
-    result = compress(
-        folder, target, options, calibration_text=text, device=device, progress=show, overwrite=target.exists()
-    )
+    try:
+        result = compress(folder, target, options, calibration_text=text, device=device, progress=show)
+    except OutputError:
+        if _usable(target):  # another server with the same cache was faster
+            return target
+        raise
     logger.info(
         "compressed to %s, %.0f %% of float16, %d factor pairs, %d neurons pruned, peak %s resident: %s",
         format_bytes(result.bytes_packed),

@@ -19,10 +19,10 @@ class RotaryTable:
     """cos and sin by position, up to `max_len` positions, on one device."""
 
     def __init__(self, config: PretrainedConfig, max_len: int, device: torch.device) -> None:
-        embedding = LlamaRotaryEmbedding(config)
+        embedding = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what all four families have
         self._config = config
         self._device = device
-        self._kind: str = embedding.rope_type
+        self._kind = str(embedding.rope_type)
         self._scaling = float(embedding.attention_scaling)
         self._base = self._table(embedding.original_inv_freq, max_len)
         self._long: tuple[Tensor, Tensor] | None = None

@@ -76,12 +76,12 @@ class Scheduler:
             if budget and sequence.num_pending_tokens > 1:
                 budget -= self._add_chunk(chunks, sequence, budget)
         while budget and not preempted and len(self.running) < self.max_num_seqs:
-            sequence = self._admit()
-            if sequence is None:
+            admitted = self._admit()
+            if admitted is None:
                 break
-            if sequence.timings.scheduled_s is None:
-                sequence.timings.scheduled_s = now_s
-            budget -= self._add_chunk(chunks, sequence, budget)
+            if admitted.timings.scheduled_s is None:
+                admitted.timings.scheduled_s = now_s
+            budget -= self._add_chunk(chunks, admitted, budget)
         work = (*decodes, *chunks)
         return ScheduledBatch(work) if work else None
 

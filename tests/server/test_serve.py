@@ -304,3 +304,20 @@ def test_a_model_that_cannot_be_served_ends_the_process_with_its_reason(cache: P
     _, log = failed.process.communicate(timeout=60)
     assert failed.process.returncode == 1
     assert "--memory-budget 100 MiB" in log and "needs" in log and "Traceback" not in log
+
+
+def test_sigterm_during_compression_ends_quietly_and_leaves_no_half_model(tmp_path: Path) -> None:
+    model = real_model("demo")
+    assert model is not None
+    starting = start(model, tmp_path, wait=False)
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s:
+        try:
+            if httpx.get(f"{starting.url}/ready", timeout=5).json()["phase"] == "compressing":
+                break
+        except httpx.TransportError:
+            time.sleep(0.02)
+    status, log = end(starting)
+    assert status == 0, log
+    assert "Traceback" not in log and "terminate" not in log
+    assert list(tmp_path.iterdir()) == []

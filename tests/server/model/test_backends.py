@@ -69,9 +69,9 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-# The two-digit int8 path without VNNI keeps an activation to within a / (2 * 63 * 126), a the row's largest entry: an rms
-# error of 3.6e-5 a, and a is about 3 times the rms of a row, so 1e-4 per matrix. The errors of the 7 matrices of 6 layers
-# are independent: 1e-4 * sqrt(42) = 6.5e-4 (seen: 2.5e-4). float32: 6e-8 * sqrt(192 terms) per sum, 42 sums: 5e-6.
+# The two-digit int8 path without VNNI keeps an activation to within a / (2 * 63 * 126), a the row's largest entry: an
+# rms error of 3.6e-5 a, and a is about 3 times the rms of a row, so 1e-4 per matrix. The errors of the 7 matrices of 6
+# layers are independent: 1e-4 * sqrt(42) = 6.5e-4 (seen: 2.5e-4). float32: 6e-8 * sqrt(192 terms), 42 sums: 5e-6.
 CPU_INT8 = 6.5e-4
 FLOAT32 = 5e-6
 

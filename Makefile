@@ -1,0 +1,55 @@
+# Everything happens in .venv, made from the pinned requirements by the first target that needs it.
+# Paths are relative on purpose: the clone may lie in a folder whose name has spaces.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check $(if $(CI),--quiet)
+ARGS ?=
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help serve test check bench clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "ARGS=\"...\" is passed on; every option of serve is also a variable: make serve SPQ_PORT=9000"
+
+serve: $(VENV)/.runtime ## Serve demo/model, or SPQ_MODEL, on port 8000
+serve: export SPQ_MODEL ?= demo/model
+serve:
+	@exec $(RUN) -m server $(ARGS)
+
+test: $(VENV)/.dev ## Run the whole test suite
+	@HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## Lint, check the format and the types, and run the tests that need no GPU
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not gpu" $(ARGS)
+
+bench: $(VENV)/.runtime ## Time the kernels on this machine
+	@exec $(RUN) -m kernels.bench $(ARGS)
+
+clean: ## Remove .venv and caches (compressed models in the cache folder stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels spq server loadtest benchmarks demo tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps below are touched last, so an install that was cut short is done again.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but 3.11 or newer is needed; say make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: requirements.txt pyproject.toml $(VENV)/.created
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	$(PIP) install -r requirements-dev.txt
+	@touch $@

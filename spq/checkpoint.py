@@ -1,0 +1,182 @@
+"""Opening a model folder, packed (format v1) or plain Hugging Face safetensors, and reading its weights one by one.
+
+Not the writer (`writer`) and not the safetensors container (`tensorfile`). Everything is checked against the
+headers before the first weight is read, so that a damaged folder is refused by name at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from spq.architecture import ModelSpec, read_spec
+from spq.errors import ModelFileError, PackedFormatError, UnsupportedModelError
+from spq.layout import EMBEDDING, expected_source, model_linears, model_vectors, module_has_bias
+from spq.manifest import QUANT_METHOD, Manifest
+from spq.tensorfile import TensorInfo, locate_tensors, read_tensor
+
+__all__ = ["Checkpoint", "Manifest", "WeightSource", "open_model"]
+
+FLOATS = ("F16", "BF16", "F32")
+
+
+class WeightSource(Protocol):
+    """Weights of one model, read on demand; tensors are on the CPU in their stored dtype and are not kept."""
+
+    spec: ModelSpec
+    manifest: Manifest | None  # None for a plain checkpoint
+
+    def linear(self, name: str) -> LinearWeight:
+        """A matrix by module name, e.g. `model.layers.0.mlp.up_proj` or `lm_head` (absent when tied)."""
+        ...
+
+    def embedding(self) -> DenseWeight | Int8Weight:
+        """The table [vocab, hidden]."""
+        ...
+
+    def vector(self, name: str) -> Tensor:
+        """A norm by full tensor name, e.g. `model.norm.weight`."""
+        ...
+
+    def close(self) -> None:
+        """Give up the folder; reading afterwards is an error."""
+        ...
+
+
+class Checkpoint:
+    """WeightSource over a checked folder. Files are opened per tensor, so `close` only drops the index."""
+
+    def __init__(self, spec: ModelSpec, manifest: Manifest | None, tensors: Mapping[str, TensorInfo]) -> None:
+        self.spec = spec
+        self.manifest = manifest
+        self._tensors = dict(tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Header entry of every tensor by name."""
+        return self._tensors
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors name of the dtype of the norms, which is the source's own."""
+        return self._tensors["model.norm.weight"].dtype
+
+    def linear(self, name: str) -> LinearWeight:
+        """See WeightSource. Raises ModelFileError if the model has no such matrix."""
+        if f"{name}.down.weight" in self._tensors or f"{name}.down.qweight" in self._tensors:
+            return LowRankWeight(self._leaf(f"{name}.down"), self._leaf(f"{name}.up"))
+        return self._leaf(name)
+
+    def embedding(self) -> DenseWeight | Int8Weight:
+        """See WeightSource."""
+        return self._leaf(EMBEDDING)
+
+    def vector(self, name: str) -> Tensor:
+        """See WeightSource. Raises ModelFileError if there is no such tensor."""
+        if name not in self._tensors:
+            raise ModelFileError(f"tensor {name} is not in the model (a closed or different one?)")
+        return read_tensor(self._tensors[name])
+
+    def close(self) -> None:
+        """See WeightSource."""
+        self._tensors.clear()
+
+    def _leaf(self, name: str) -> Leaf:
+        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
+        if f"{name}.qweight" in self._tensors:
+            return Int8Weight(self.vector(f"{name}.qweight"), self.vector(f"{name}.scale"), bias)
+        return DenseWeight(self.vector(f"{name}.weight"), bias)
+
+
+def open_model(folder: Path) -> Checkpoint:
+    """Check a model folder by its headers and return its weights.
+
+    Raises ModelFileError (missing, cut short or inconsistent files), PackedFormatError (a packed folder that breaks
+    its manifest) or UnsupportedModelError (another architecture or quantization); each names the file or tensor.
+    """
+    if not folder.is_dir():
+        raise ModelFileError(f"{folder}: not a folder; give a model folder in Hugging Face format")
+    spec = read_spec(folder)
+    quantization = read_config(folder).get("quantization_config")
+    if quantization is None:
+        tensors = locate_tensors(folder)
+        _check_plain(folder, spec, tensors)
+        return Checkpoint(spec, None, tensors)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != QUANT_METHOD:
+        raise UnsupportedModelError(
+            f"{folder}: already quantized with {method!r}; use the original float checkpoint of this model"
+        )
+    manifest = Manifest.parse(quantization, folder / "config.json")
+    _check_manifest(folder, spec, manifest)
+    tensors = locate_tensors(folder)
+    _check_packed(folder, spec, manifest, tensors)
+    return Checkpoint(spec, manifest, tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as written. Raises ModelFileError."""
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelFileError(f"{path}: not a JSON object")
+    return data
+
+
+def _check_plain(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> None:
+    """Every tensor the architecture needs is there, as floats of the right shape; others are left alone."""
+    for name, shape in expected_source(spec).items():
+        info = tensors.get(name)
+        if info is None:
+            raise ModelFileError(f"{folder}: tensor {name} {list(shape)} is missing; download the model again")
+        if info.shape != shape:
+            raise ModelFileError(f"{info.path}: {name} is {list(info.shape)}, config.json says {list(shape)}")
+        if info.dtype not in FLOATS:
+            raise ModelFileError(f"{info.path}: {name} is {info.dtype}; supported: {', '.join(FLOATS)}")
+
+
+def _check_manifest(folder: Path, spec: ModelSpec, manifest: Manifest) -> None:
+    """The manifest describes this architecture: same modules, same shapes, one width per layer."""
+    path = folder / "config.json"
+    if len(manifest.mlp_widths) != spec.num_layers:
+        raise PackedFormatError(
+            f"{path}: mlp_widths has {len(manifest.mlp_widths)} entries for {spec.num_layers} layers; compress again"
+        )
+    expected = model_linears(spec, manifest.mlp_widths)
+    for name in sorted(expected.keys() ^ manifest.modules.keys()):
+        state = "missing from" if name in expected else "unknown in"
+        raise PackedFormatError(f"{path}: module {name} is {state} quantization_config.modules; compress again")
+    for name, shape in expected.items():
+        plan = manifest.modules[name]
+        if plan.shape != shape:
+            raise PackedFormatError(f"{path}: module {name} is {list(plan.shape)}, should be {list(shape)}")
+        if plan.kind == "low_rank" and name == EMBEDDING:
+            raise PackedFormatError(f"{path}: the embedding cannot be low_rank; compress again")
+
+
+def _check_packed(folder: Path, spec: ModelSpec, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
+    """The files hold exactly what the manifest lists."""
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        name: (shape, "float") for name, shape in model_vectors(spec).items()
+    }
+    for module, plan in manifest.modules.items():
+        expected |= plan.tensors(module, module_has_bias(spec, module))
+    for name, (shape, dtype) in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            raise PackedFormatError(f"{folder}: tensor {name} {list(shape)} is missing; compress again")
+        if info.shape != shape:
+            raise PackedFormatError(f"{info.path}: {name} is {list(info.shape)}, should be {list(shape)}")
+        allowed = {"float": FLOATS, "int8": ("I8",), "F32": ("F32",)}[dtype]
+        if info.dtype not in allowed:
+            raise PackedFormatError(f"{info.path}: {name} is {info.dtype}, should be {' or '.join(allowed)}")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise PackedFormatError(f"{tensors[name].path}: tensor {name} is not part of packed format 1; compress again")

@@ -1,0 +1,207 @@
+"""spq-compress: the command line of `compress`, and the only reader of the environment in this package.
+
+Not a library: errors end the process with one line and status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from spq.calibrate import bundled_calibration, read_text, text_hash
+from spq.compress import Progress, compress, refuse_existing
+from spq.config import PresetName, SPQConfig
+from spq.errors import OptionError, SpqError
+from spq.evaluate import evaluate_folder
+from spq.hub import find_model
+from spq.report import PerplexityReport, Report
+
+MIB = 1 << 20
+GROUPS = {
+    "SVD (attention matrices)": ("variance_threshold", "rank_rule", "sigma", "min_saving", "rank_multiple"),
+    "pruning (MLP neurons)": ("min_prune_ratio", "max_prune_ratio", "width_multiple"),
+    "quantization": ("quantize", "granularity", "quantize_embedding"),
+    "calibration": ("calibration_windows", "calibration_len", "seed"),
+}
+EPILOG = """Every option can also be set as SPQ_<NAME>, e.g. SPQ_MAX_PRUNE_RATIO=0.1 or SPQ_QUANTIZE=false; the command
+line wins. Options of the three stages default to the preset's values; those shown are of the preset `default`."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; option values stay strings, SPQConfig checks them."""
+    parser = argparse.ArgumentParser(
+        prog="spq-compress",
+        description="Compress a LLaMA, Mistral, Qwen2 or Qwen3 checkpoint by SVD, pruning and int8 quantization.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("source", metavar="MODEL", help="model folder (safetensors) or Hugging Face id, e.g. org/name")
+    parser.add_argument("-o", "--out", metavar="FOLDER", help="folder to write (required)")
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(get_args(PresetName))} (default: default)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hugging Face id (default: main)")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", default=None, help="replace FOLDER if it is a model folder")
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        if title == "calibration":
+            group.add_argument("--calibration", metavar="FILE", help="UTF-8 text (default: the bundled sample)")
+        for name in names:
+            _add_option(group, name)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--evaluate", metavar="FILE", help="UTF-8 text to measure perplexity on, before and after")
+    group.add_argument(
+        "--evaluate-window", metavar="TOKENS", type=int, help="window (default: the context, at most 2048)"
+    )
+    group.add_argument("--evaluate-tokens", metavar="TOKENS", type=int, help="use only so many (default: all)")
+    return parser
+
+
+def _add_option(group: Any, name: str) -> None:
+    field = SPQConfig.model_fields[name]
+    flag, help_text = "--" + name.replace("_", "-"), field.description
+    if field.annotation is bool:
+        default = "yes" if field.default else "no"
+        group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=None, help=f"{help_text} (default: {default})"
+        )
+        return
+    shown = "auto" if field.default is None else field.default
+    choices = get_args(field.annotation) if isinstance(field.default, str) else ()
+    metavar = "|".join(choices) if choices else ("RATIO" if field.annotation is float else "N")
+    group.add_argument(flag, metavar=metavar, help=f"{help_text} (default: {shown})")
+
+
+def apply_environment(arguments: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Fill what the command line left open from SPQ_* variables. Raises OptionError for a value that means nothing."""
+    for name, value in vars(arguments).items():
+        text = environ.get(f"SPQ_{name.upper()}")
+        if value is not None or text is None or name == "source":
+            continue
+        boolean = name == "overwrite" or (
+            name in SPQConfig.model_fields and SPQConfig.model_fields[name].annotation is bool
+        )
+        if boolean:
+            if text.lower() not in ("0", "1", "true", "false", "yes", "no"):
+                raise OptionError(f"SPQ_{name.upper()}={text!r} is neither true nor false")
+            setattr(arguments, name, text.lower() in ("1", "true", "yes"))
+        elif name in ("evaluate_window", "evaluate_tokens"):
+            if not text.isdigit():
+                raise OptionError(f"SPQ_{name.upper()}={text!r} is not a number of tokens")
+            setattr(arguments, name, int(text))
+        else:
+            setattr(arguments, name, text)
+
+
+def options_of(arguments: argparse.Namespace) -> SPQConfig:
+    """The SPQConfig asked for. Raises OptionError naming the option."""
+    given = {name: getattr(arguments, name) for names in GROUPS.values() for name in names}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    for name in ("rank_multiple", "width_multiple"):
+        if overrides.get(name) == "auto":
+            overrides[name] = None
+    return SPQConfig.preset("default" if arguments.preset is None else arguments.preset, **overrides)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device for a name; auto takes CUDA where there is one. Raises OptionError."""
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise OptionError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return torch.device(name)
+
+
+def _refuse_unused(arguments: argparse.Namespace, options: SPQConfig) -> None:
+    """Raises OptionError for an option that another one makes void."""
+    if arguments.calibration is not None and not options.uses_pruning:
+        raise OptionError(
+            f"--calibration {arguments.calibration}: nothing is calibrated when max_prune_ratio is 0; leave it out"
+        )
+    for name in ("evaluate_window", "evaluate_tokens"):
+        if getattr(arguments, name) is not None and arguments.evaluate is None:
+            raise OptionError(f"--{name.replace('_', '-')} without a text; add --evaluate FILE")
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Do what was asked. Raises SpqError."""
+    if arguments.out is None:
+        raise OptionError("no output folder; give one with -o FOLDER")
+    out, options, device = Path(arguments.out), options_of(arguments), choose_device(arguments.device)
+    overwrite = bool(arguments.overwrite)
+    refuse_existing(out, overwrite)
+    _refuse_unused(arguments, options)
+    evaluation = None if arguments.evaluate is None else read_text(Path(arguments.evaluate))
+    text = ""
+    if options.uses_pruning:
+        text = read_text(bundled_calibration() if arguments.calibration is None else Path(arguments.calibration))
+    source = find_model(arguments.source, arguments.revision)
+    with tqdm(total=100.0, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", disable=None) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.n = 100.0 * progress.done
+            bar.set_description_str(f"{progress.stage} layer {progress.layer + 1}/{progress.num_layers}", refresh=False)
+            eta = "" if progress.eta_s is None else f", about {progress.eta_s:.0f} s left"
+            bar.set_postfix_str(f"{progress.elapsed_s:.0f} s{eta}")
+
+        report = compress(
+            source, out, options, calibration_text=text, device=device, progress=show, overwrite=overwrite
+        )
+    if evaluation is not None:
+        how = {"device": device, "window": arguments.evaluate_window, "max_tokens": arguments.evaluate_tokens}
+        before, after = (evaluate_folder(folder, evaluation, **how) for folder in (source, out))
+        measured = PerplexityReport(
+            before=before.value,
+            after=after.value,
+            num_tokens=after.num_tokens,
+            protocol=after.protocol,
+            text_hash=text_hash(evaluation),
+        )
+        report = report.model_copy(update={"perplexity": measured})
+        report.save(out)
+    return report
+
+
+def describe(report: Report) -> str:
+    """The report in a few lines."""
+    matrices = len(report.matrices)
+    lines = [
+        f"size      {report.bytes_packed / MIB:.2f} MiB, {report.ratio:.1%} of float16 "
+        f"({report.bytes_fp16 / MIB:.2f} MiB), {report.ratio / 2:.1%} of float32",
+        f"low rank  {report.num_low_rank} of {matrices} matrices",
+        f"pruned    {report.num_pruned_neurons} MLP neurons",
+        f"memory    peak {report.peak_rss_bytes / MIB:.0f} MiB resident "
+        f"({report.rss_at_start_bytes / MIB:.0f} MiB before the run), {report.peak_gpu_bytes / MIB:.0f} MiB GPU",
+        "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
+    ]
+    if report.perplexity is not None:
+        found = report.perplexity
+        lines.append(f"perplexity {found.before:.3f} -> {found.after:.3f} ({found.protocol})")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 for anything the user can mend."""
+    arguments = build_parser().parse_args(argv)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        apply_environment(arguments, os.environ)
+        print(describe(run(arguments)))
+    except SpqError as error:
+        print(f"spq-compress: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""transformers' side of the packed format: after `import spq`, `AutoModelForCausalLM.from_pretrained(packed)` works.
+
+Importing this module registers the quantization method `spq` with transformers, the one effect of an import in this
+package: transformers offers no other way. Not for compressing (`compress`) and not for serving.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spq.errors import UnsupportedModelError
+from spq.layout import EMBEDDING
+from spq.manifest import QUANT_METHOD, Manifest
+from spq.modules import Int8Embedding, TiedInt8Head, packed_linear
+
+
+@register_quantization_config(QUANT_METHOD)
+class SpqQuantizationConfig(QuantizationConfigMixin):
+    """The manifest in transformers' clothes. Raises PackedFormatError for one of another version."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD  # transformers' own enum has no room for it
+        self.manifest = Manifest.parse(fields, Path("config.json"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        return self.manifest.dump()
+
+
+@register_quantizer(QUANT_METHOD)
+class SpqHfQuantizer(HfQuantizer):
+    """Swaps the modules of an empty model for packed ones; the loader then fills them by name."""
+
+    requires_calibration = True  # only packed folders can be loaded: compressing is `spq.compress`
+    quantization_config: SpqQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        """Replace every matrix by its plan. Raises UnsupportedModelError where the model has no such module."""
+        modules = self.quantization_config.manifest.modules
+        for name, plan in modules.items():
+            try:
+                old = model.get_submodule(name)
+            except AttributeError as error:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has no module {name}; load a packed folder with AutoModelForCausalLM"
+                ) from error
+            if plan.kind == "dense" and tuple(old.weight.shape) == plan.shape:
+                continue
+            with torch.device("meta"):
+                new: nn.Module = (
+                    Int8Embedding(*plan.shape)
+                    if name == EMBEDDING
+                    else packed_linear(plan, bias=getattr(old, "bias", None) is not None)
+                )
+            model.set_submodule(name, new)
+        for layer, width in zip(model.model.layers, self.quantization_config.manifest.mlp_widths, strict=True):
+            layer.mlp.intermediate_size = width
+        embedding = model.get_submodule(EMBEDDING)
+        if "lm_head" not in modules and isinstance(embedding, Int8Embedding):
+            model.lm_head = TiedInt8Head(embedding)
+            model._tied_weights_keys = None  # nothing left to tie: the head reads the table itself
+            model.all_tied_weights_keys = {}
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the packed tensors as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integers have no gradient."""
+        return False
