@@ -161,7 +161,7 @@ def main() -> None:
     config = transformers.AutoConfig.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     if torch.cuda.is_available():
-        model = model.to("cuda")
+        model.to("cuda")  # type: ignore[arg-type]
     arguments.cache_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for preset in arguments.presets.split(","):

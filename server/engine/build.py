@@ -6,6 +6,7 @@ Not the download or the compression (`server.service`): the folder is packed, or
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,9 @@ from spq.errors import OptionError
 logger = logging.getLogger(__name__)
 
 KERNEL_ROWS = (1, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
+THREAD_TRIALS = 3
+THREAD_GAIN = 0.8  # of the time on one thread, or more threads are not worth their waiting
+
 Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
 
@@ -51,8 +55,7 @@ def build_engine(
     """
     device = pick_device(config)
     dtype = pick_dtype(config, device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
     ops = make_ops(device, dtype, config.backend)
     source = open_model(folder)
     spec = source.spec
@@ -74,6 +77,8 @@ def build_engine(
     progress("warming_up", 0.0)
     kv_dtype = dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
     workspace = warm_up(model, config, min(config.max_batch_tokens, wanted_len), kv_dtype)
+    if config.threads is None and device.type == "cpu":
+        pick_threads(model, config.block_size, kv_dtype)
     after = read_memory(device)
     if device.type == "cuda":  # given back to the driver between steps of the warm-up, needed again later
         after = replace(after, process=after.process + workspace, free=after.free - workspace)
@@ -150,6 +155,35 @@ def pick_dtype(config: ServerConfig, device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     """'cuda: NVIDIA ...' or 'cpu'."""
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
+
+
+def pick_threads(model: Llama, block_size: int, kv_dtype: torch.dtype) -> None:
+    """Keep all cores if they make a single decode step clearly faster than one thread does, else use one.
+
+    The matrices of a small model are done before a second thread has woken, and threads that wait for each other
+    suffer most when the machine has other work.
+    """
+    runner = ModelRunner(model, allocate(model.spec, block_size, kv_dtype, model.ops.device), block_size)
+    sequence = Sequence("threads", [0], 1, SamplingParams(max_tokens=1), Timings(time.monotonic()), block_table=[0])
+    batch = ScheduledBatch((Work(sequence, 1, samples=True),))
+    cores = torch.get_num_threads()
+    seconds: dict[int, float] = {}
+    for threads in (cores, 1):
+        torch.set_num_threads(threads)
+        times = []
+        for _ in range(THREAD_TRIALS):
+            started = time.perf_counter()
+            runner.run(batch)
+            times.append(time.perf_counter() - started)
+        seconds[threads] = min(times)
+    torch.set_num_threads(cores if seconds[cores] < THREAD_GAIN * seconds[1] else 1)
+    logger.info(
+        "CPU threads: %d (a decode step takes %.1f ms on %d, %.1f ms on one)",
+        torch.get_num_threads(),
+        1e3 * seconds[cores],
+        cores,
+        1e3 * seconds[1],
+    )
 
 
 def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch.dtype) -> int:
