@@ -8,7 +8,7 @@ Shapes: T tokens of a step over all sequences, S sequences, HQ query heads, HKV 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -48,6 +48,7 @@ class AttentionBatch:
     num_decodes: int  # the first `num_decodes` sequences have exactly one token
     max_query_len: int
     max_context_len: int
+    scratch: dict[Any, Any] = field(default_factory=dict)  # what a back end derives from the above, once for all layers
 
 
 class Ops(Protocol):

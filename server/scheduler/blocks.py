@@ -14,6 +14,7 @@ from server.core import Sequence
 
 PageKey = tuple[int, tuple[int, ...]]  # (node of the page before, tokens of this page)
 ROOT = 0
+SEARCH_PAGES = 4096  # looked at for a run at most: bounds the time of an admission
 
 
 class BlockManager:
@@ -29,6 +30,7 @@ class BlockManager:
         self._nodes = [ROOT] * num_blocks  # node number of a page in the prefix tree, where it has a key
         self._index: dict[PageKey, int] = {}
         self._next_node = ROOT + 1
+        self._cursor = 0  # where the next search for a run of pages begins
         self._chains: dict[Sequence, tuple[int, int]] = {}  # pages entered in the tree, node of the last one
 
     @property
@@ -75,11 +77,40 @@ class BlockManager:
         if missing > len(self._free):
             return False
         for _ in range(missing):
-            page, _nothing = self._free.popitem(last=False)
+            page = self._next_page(sequence)
+            del self._free[page]
             self._forget(page)
             self._holders[page] = 1
             sequence.block_table.append(page)
         return True
+
+    def _next_page(self, sequence: Sequence) -> int:
+        """The page after the sequence's last one where that is free and empty: neighbours are read without copying.
+
+        A first page is looked for at a run long enough for all the sequence may become. Else the page that was unused
+        for the longest time.
+        """
+        if sequence.block_table:
+            follower = sequence.block_table[-1] + 1
+            if follower in self._free and self._keys[follower] is None:
+                return follower
+        else:
+            start = self._find_run(self.pages_for(sequence.num_prompt_tokens + sequence.params.max_tokens))
+            if start is not None:
+                return start
+        return next(iter(self._free))
+
+    def _find_run(self, length: int) -> int | None:
+        """First of `length` pages in a row that are free and empty, searched from where the last search ended."""
+        found = 0
+        for step in range(min(self.num_blocks, SEARCH_PAGES)):
+            page = (self._cursor + step) % self.num_blocks
+            found = 0 if page == 0 else found
+            found = found + 1 if self._holders[page] == 0 and self._keys[page] is None else 0
+            if found == length:
+                self._cursor = page + 1
+                return page - length + 1
+        return None
 
     def commit(self, sequence: Sequence) -> None:
         """Enter the pages that are now full into the prefix tree."""
