@@ -34,16 +34,18 @@ class Table:
         own = self.rows.nbytes + (0 if self.scale is None else self.scale.nbytes)
         if self.head is None:
             return own
-        kept = self.head.weight if isinstance(self.head, FloatMatrix) else self.head.qweight
-        return own if kept is self.rows else own + self.head.nbytes
+        shared = (isinstance(self.head, FloatMatrix) and self.head.weight is self.rows) or (
+            isinstance(self.head, WidenedMatrix) and self.head.qweight is self.rows
+        )
+        return own if shared else own + self.head.nbytes
 
 
 class CpuOps:
     """See kernels.ops.Ops. Raises ValueError for a device that is not a CPU or activations other than float32.
 
     `linear_method` names what multiplies int8 weights (small ones are widened in any case), `linear_reason` why: the
-    outcome of the self-test. Unless the method is "widened", an int8 product of a row does not depend on the other
-    rows, bit for bit.
+    outcome of the self-test. An int8 product of a row does not depend on the other rows, bit for bit, where the matrix
+    is packed: not the small ones, and none where the method is "widened".
     """
 
     name = "cpu"

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ROUNDING = 2.0**-20
@@ -109,30 +108,6 @@ class Onednn:
     def packed_nbytes(self, rows: int, columns: int) -> int:
         """K to a multiple of 4, rows to 64 (an upper bound); scales of 4 and zero points of 8 bytes."""
         return round_up(columns, 4) * round_up(rows, 64) + 12 * rows
-
-
-class Widening:
-    """float32 on weights widened at each use: exact, hence the same in any order of summing, while sums of integers
-    stay below 2^24. The fastest for small matrices, on any machine, at 1 byte a weight."""
-
-    name = "widening"
-    digit = 127
-    max_columns = 2**24 // (127 * 127)
-
-    def pack(self, qweight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises ValueError for more than `max_columns` columns."""
-        if qweight.shape[1] > self.max_columns:
-            raise ValueError(f"{qweight.shape[1]} columns: sums are exact in float32 up to {self.max_columns}")
-        return qweight.contiguous(), scale
-
-    def multiply(self, digits: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
-        """See Engine; `digits` is overwritten."""
-        qweight, scale = packed
-        return F.linear(digits.round_(), qweight.float()).mul_(scale)
-
-    def packed_nbytes(self, rows: int, columns: int) -> int:
-        """As stored."""
-        return (columns + 4) * rows
 
 
 def two_digit_product(x: Tensor, packed: Any, engine: Engine) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu_engines import Engine, Widening, two_digit_product
+from kernels.cpu_engines import Engine, two_digit_product
 from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 
 WIDEN_ELEMENTS = 1 << 19  # float32 elements widened at a time: 2 MiB stay in the cache and in reused memory
-SMALL = 96 << 10  # weights up to which widening is the fastest: 192 x 192, 1 row: 60 us, fbgemm 91, oneDNN 127 (Zen 3)
+# Weights up to which widening is fastest. Zen 3, 1 thread, us at 1 / 16 / 64 rows against fbgemm: 192 x 192 23 / 45 /
+# 96, 147 / 172 / 258; 1024 x 192 73 / 180 / 501, 167 / 296 / 709; 768 x 768 186 / 749 / 1474, 170 / 480 / 1583.
+SMALL = 256 << 10
 DIGIT_ROWS = 256  # rows multiplied at a time: bounds the digits and the products of both digits
 
 
@@ -29,11 +31,6 @@ class DigitMatrix:
     packed: Any
     out_features: int
     nbytes: int
-
-    @property
-    def qweight(self) -> Tensor | None:
-        """The int8 weights where they are kept as they were stored."""
-        return self.packed[0] if isinstance(self.engine, Widening) else None
 
     def multiply(self, x: Tensor) -> Tensor:
         """Exact up to `cpu_engines.digit_bound`."""
@@ -162,9 +159,9 @@ def lay_out_int8(qweight: Tensor, scale: Tensor, engines: Sequence[Engine]) -> M
     rows, columns = qweight.shape
     scale = scale.float()
     stored = qweight.nbytes + scale.nbytes
-    small = Widening()
-    if qweight.numel() <= SMALL and columns <= small.max_columns:
-        return DigitMatrix(small, small.pack(qweight, scale), rows, small.packed_nbytes(rows, columns))
+    widened = WidenedMatrix(qweight.contiguous(), scale.contiguous(), stored)
+    if qweight.numel() <= SMALL:
+        return widened
     for index, engine in enumerate(engines):
         nbytes = engine.packed_nbytes(rows, columns)
         # 512-blocks make a [4096, 96] factor 5.5 times larger in fbgemm; oneDNN takes those at 1.3x the time
@@ -172,7 +169,7 @@ def lay_out_int8(qweight: Tensor, scale: Tensor, engines: Sequence[Engine]) -> M
             continue
         if (2 * engine.digit + 1) * 127 * columns < 2**31:
             return DigitMatrix(engine, engine.pack(qweight, scale), rows, nbytes)
-    return WidenedMatrix(qweight.contiguous(), scale.contiguous(), stored)
+    return widened
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -134,14 +134,16 @@ def test_gate_up(ops: CpuOps, kinds: Sequence[str], rows: int) -> None:
     assert ((actual - torch.nn.functional.silu(g) * u).abs() <= bound).all()
 
 
-def test_projections_of_one_input_are_one_product() -> None:
+def test_projections_of_one_input_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "SMALL", 0)
     prepared = CpuOps(CPU).prepare_qkv(int8(64, 512), LowRankWeight(int8(9, 512), int8(32, 9)), int8(32, 512))
     assert len(prepared.firsts) == 1
     assert isinstance(prepared.firsts[0], DigitMatrix) and prepared.firsts[0].out_features == 64 + 9 + 32
 
 
-def test_int8_rows_do_not_depend_on_the_batch() -> None:
+def test_rows_of_packed_matrices_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, through every path of linear layers, also across the blocks of many rows."""
+    monkeypatch.setattr(cpu_linear, "SMALL", 0)
     if not machine_choice().engines:
         pytest.skip("torch has no int8 GEMM for this machine")
     ops = CpuOps(CPU)
@@ -197,8 +199,9 @@ def test_nbytes_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.nbytes(ops.prepare_embedding(int8(400, 512), tied_head=True)) == 400 * 516
 
 
-def test_packed_matrices_stay_near_their_stored_size() -> None:
+def test_packed_matrices_stay_near_their_stored_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one engine would pad a small factor to several times its size, the other takes it."""
+    monkeypatch.setattr(cpu_linear, "SMALL", 0)
     engines = machine_choice().engines
     if len(engines) < 2:
         pytest.skip("a single int8 GEMM on this machine")

@@ -16,7 +16,6 @@ from torch import Tensor
 from kernels.cpu_engines import (
     Engine,
     Onednn,
-    Widening,
     choose,
     digit_bound,
     machine_choice,
@@ -25,7 +24,6 @@ from kernels.cpu_engines import (
 )
 
 ENGINES = machine_choice().engines
-ALL = (*ENGINES, Widening())
 needs_engine = pytest.mark.skipif(not ENGINES, reason="torch has no int8 GEMM for this machine")
 
 
@@ -118,7 +116,7 @@ def test_engines_beyond_this_processor_are_refused() -> None:
     assert all(engine.digit == 63 for engine in ENGINES)
 
 
-@pytest.mark.parametrize("engine", ALL, ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 @pytest.mark.parametrize(
     ("rows", "columns", "out"), [(1, 1, 1), (1, 1000, 37), (7, 1000, 300), (16, 513, 129), (3, 1040, 2)]
 )
@@ -147,7 +145,7 @@ def test_error_is_within_the_bound(engine: Engine, rows: int, columns: int, out:
         assert y[::2].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("engine", ALL, ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 def test_error_on_average_is_that_of_uniform_rounding(engine: Engine) -> None:
     """Digits miss by up to a / (4 D^2), evenly spread: standard deviation a / (4 sqrt(3) D^2) per input, so
     a s ||q|| / (4 sqrt(3) D^2) per output. 20% of slack: the mean of 6,400 squares has a deviation of 2%."""
@@ -160,7 +158,7 @@ def test_error_on_average_is_that_of_uniform_rounding(engine: Engine) -> None:
     assert (error / deviation).square().mean().sqrt().item() < 1.2
 
 
-@pytest.mark.parametrize("engine", ALL, ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 @pytest.mark.parametrize(("columns", "out"), [(64, 64), (1000, 300), (513, 7), (96, 768)])
 def test_a_row_does_not_depend_on_the_others(engine: Engine, columns: int, out: int) -> None:
     torch.manual_seed(2)
@@ -171,7 +169,7 @@ def test_a_row_does_not_depend_on_the_others(engine: Engine, columns: int, out: 
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("engine", ALL, ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_input_shows_in_its_row_only(engine: Engine, value: float) -> None:
     torch.manual_seed(3)
@@ -182,13 +180,6 @@ def test_a_bad_input_shows_in_its_row_only(engine: Engine, value: float) -> None
     y = two_digit_product(x, packed, engine)
     assert not y[1].isfinite().any()
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
-
-
-def test_widening_refuses_inexact_sums() -> None:
-    engine = Widening()
-    assert engine.digit * 127 * engine.max_columns < 2**24
-    with pytest.raises(ValueError, match="exact in float32 up to 1040"):
-        engine.pack(torch.zeros(1, 1041, dtype=torch.int8), torch.ones(1))
 
 
 @needs_engine
