@@ -29,6 +29,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from server.bench_model import random_model
+
 START_LIMIT_S = 600
 
 
@@ -157,6 +159,8 @@ def summarize(samples: list[Sample]) -> dict[str, float]:
 def main() -> None:
     """Run everything and print a table, then JSON."""
     arguments = _parser().parse_args()
+    if arguments.random is not None:
+        arguments.model = str(random_model(arguments.random, Path(arguments.model), arguments.cache_dir))
     torch.set_num_threads(arguments.threads)
     config = transformers.AutoConfig.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
@@ -217,6 +221,9 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m server.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo/model", help="plain Hugging Face folder (default: demo/model)")
+    parser.add_argument(
+        "--random", metavar="WIDTHxLAYERS", help="random weights of that shape, e.g. 768x12, with the model's tokenizer"
+    )
     parser.add_argument("--presets", default="none,int8,default", help="compressions of our server to measure")
     parser.add_argument("--concurrency", default="1,8,16", help="streams at once (default: 1,8,16)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens per prompt (default: 128)")

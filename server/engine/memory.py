@@ -17,7 +17,8 @@ from server.sizes import format_bytes
 MIB = 1024**2
 MARGIN_BYTES = 32 * MIB  # kept free for what grows after start: connections, detokenizers, allocator slack
 MARGIN_SHARE = 0.02  # of the limit, on top
-CPU_KV_SHARE = 0.25  # of free memory, where nobody set a budget: other programs live there too
+CPU_KV_SHARE = 0.25  # of free memory at most, where nobody set a budget: other programs live there too,
+CPU_KV_BYTES = 1024 * MIB  # and so much is enough, unless a single sequence may need more
 MIN_CONTEXT = 256  # tokens that must fit, where the operator asked for no length
 
 
@@ -82,7 +83,7 @@ def plan_kv(
     if kv_memory is not None:
         room = min(room, kv_memory)
     elif memory_budget is None and device.type == "cpu":
-        room = min(room, round(CPU_KV_SHARE * memory.free))
+        room = min(room, round(CPU_KV_SHARE * memory.free), max(CPU_KV_BYTES, token_bytes * (wanted_len + block_size)))
     block_bytes = token_bytes * block_size
     must_len = wanted_len if explicit_len else min(MIN_CONTEXT, wanted_len)
     must_blocks = -(-must_len // block_size)

@@ -49,7 +49,9 @@ def test_a_budget_is_for_the_whole_process() -> None:
 
 def test_kv_memory_and_the_cpu_default_bound_the_cache() -> None:
     assert plan(kv_memory=100 * MIB).num_blocks == 100
-    assert plan(device=CPU).num_blocks == 2000  # a quarter of 8000 MiB free
+    assert plan(device=CPU).num_blocks == 1024  # 1 GiB
+    assert plan(device=CPU, free=2000 * MIB).num_blocks == 500  # a quarter of what is free
+    assert plan(device=CPU, wanted_len=24 * 1024).max_model_len == 24 * 1024  # 1.5 GiB: one sequence as long as asked
 
 
 def test_a_context_that_does_not_fit_is_shortened_unless_it_was_asked_for() -> None:
