@@ -15,8 +15,8 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "ARGS=\"...\" is passed on; every option of serve is also a variable: make serve SPQ_PORT=9000"
 
-serve: $(VENV)/.runtime ## Serve demo/model, or SPQ_MODEL, on port 8000
-serve: export SPQ_MODEL ?= demo/model
+serve: $(VENV)/.runtime ## Serve demo/storyteller, or SPQ_MODEL, on port 8000
+serve: export SPQ_MODEL ?= demo/storyteller
 serve:
 	@exec $(RUN) -m server $(ARGS)
 

@@ -1,7 +1,7 @@
-"""Train a small LLaMA on plain text: a byte-level BPE tokenizer, then next-token prediction. Made demo/model.
+"""Train a small LLaMA on plain text: a byte-level BPE tokenizer, then next-token prediction. Made demo/storyteller.
 
 Not a trainer to grow: one process, one device, no checkpoints; half an hour's work that is done again when it breaks.
-The defaults are the hyper-parameters of demo/model. That run ended by a clock and got 3,219 steps done; here the
+The defaults are the hyper-parameters of demo/storyteller. That run ended by a clock and got 3,219 steps done; here the
 number of steps is fixed, so that the schedule is the same on every machine. Weights will differ in the last bits and
 so, after thousands of steps, in all of them; the held-out perplexity should not differ by more than a few percent.
 
@@ -34,7 +34,7 @@ MODEL_SEED, DATA_SEED = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Hyper-parameters; the defaults are those of demo/model. A field's name is its flag's."""
+    """Hyper-parameters; the defaults are those of demo/storyteller. A field's name is its flag's."""
 
     vocab: int = 4096
     dim: int = 192
@@ -180,7 +180,7 @@ def fit(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, recipe: Recip
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tokenizer, training, evaluation, and a Hugging Face folder in float16. The last line printed is JSON."""
-    parser = argparse.ArgumentParser(description="Train a small LLaMA on plain text; the defaults made demo/model.")
+    parser = argparse.ArgumentParser(description="Train a small LLaMA on plain text; the defaults made demo/storyteller.")
     parser.add_argument("--train", type=Path, required=True, help="text to learn from")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")

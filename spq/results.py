@@ -77,7 +77,7 @@ def find_cases(models: Path | None, stories: Path | None, books: Path | None) ->
                 text_name = "TinyStories sample: calibrated on its first half, evaluated on its second"
                 cases.append(Case(name, models / name, text_name, text[:middle], text[middle:], window))
     if books is not None:
-        places = [repo / "demo" / "model"] + ([] if models is None else [models / "storyteller"])
+        places = [repo / "demo" / "storyteller"] + ([] if models is None else [models / "storyteller"])
         found = [place for place in places if place.is_dir()]
         if found:
             text_name = "calibrated on demo/calibration.txt, evaluated on books that are neither in it nor in training"
@@ -86,7 +86,7 @@ def find_cases(models: Path | None, stories: Path | None, books: Path | None) ->
             )
     if not cases:
         raise ModelFileError(
-            "no model with a text: give --models with --stories, or --books with demo/model or --models"
+            "no model with a text: give --models with --stories, or --books with demo/storyteller or --models"
         )
     return cases
 
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m spq.results", description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, help="folder with stories260K, babyllama-1m and/or storyteller")
     parser.add_argument("--stories", type=Path, help="TinyStories text, for the first two")
-    parser.add_argument("--books", type=Path, help="held-out books, for storyteller (or demo/model)")
+    parser.add_argument("--books", type=Path, help="held-out books, for storyteller (or demo/storyteller)")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
     parser.add_argument("--max-tokens", type=int, default=60_000, help="evaluated tokens per model (default: 60000)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

@@ -101,5 +101,5 @@ def random_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedM
 
 def real_model(name: str) -> Path | None:
     """Folder of a trained model: the demo's own, or one of ../shared where that exists."""
-    folder = REPOSITORY / "demo" / "model" if name == "demo" else SHARED / "models" / name
+    folder = REPOSITORY / "demo" / "storyteller" if name == "demo" else SHARED / "models" / name
     return folder if (folder / "config.json").is_file() else None
