@@ -180,7 +180,9 @@ def fit(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, recipe: Recip
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tokenizer, training, evaluation, and a Hugging Face folder in float16. The last line printed is JSON."""
-    parser = argparse.ArgumentParser(description="Train a small LLaMA on plain text; the defaults made demo/storyteller.")
+    parser = argparse.ArgumentParser(
+        description="Train a small LLaMA on plain text; the defaults made demo/storyteller."
+    )
     parser.add_argument("--train", type=Path, required=True, help="text to learn from")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")

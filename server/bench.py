@@ -220,7 +220,9 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m server.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/storyteller", help="plain Hugging Face folder (default: demo/storyteller)")
+    parser.add_argument(
+        "--model", default="demo/storyteller", help="plain Hugging Face folder (default: demo/storyteller)"
+    )
     parser.add_argument(
         "--random", metavar="WIDTHxLAYERS", help="random weights of that shape, e.g. 768x12, with the model's tokenizer"
     )

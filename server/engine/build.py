@@ -21,7 +21,7 @@ from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop
-from server.engine.memory import MemoryBudgetError, plan_kv, read_memory
+from server.engine.memory import MemoryBudgetError, allocated, plan_kv, read_memory, read_peak, start_peak
 from server.engine.runner import ModelRunner
 from server.model.facts import compression_facts
 from server.model.llama import Llama
@@ -35,8 +35,8 @@ from spq.errors import OptionError
 logger = logging.getLogger(__name__)
 
 KERNEL_ROWS = (1, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
-THREAD_TRIALS = 3
-THREAD_GAIN = 0.8  # of the time on one thread, or more threads are not worth their waiting
+THREAD_TRIALS = 5
+THREAD_GAIN = 0.7  # of the time on one thread, or more threads are not worth their waiting
 
 Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
@@ -80,8 +80,8 @@ def build_engine(
     if config.threads is None and device.type == "cpu":
         pick_threads(model, config.block_size, kv_dtype)
     after = read_memory(device)
-    if device.type == "cuda":  # given back to the driver between steps of the warm-up, needed again later
-        after = replace(after, process=after.process + workspace, free=after.free - workspace)
+    held = max(after.process, before.process + workspace)  # given back after a step, needed again by the next
+    after = replace(after, process=held, free=after.free - (held - after.process))
     plan = plan_kv(
         after,
         device=device,
@@ -168,14 +168,14 @@ def pick_threads(model: Llama, block_size: int, kv_dtype: torch.dtype) -> None:
     batch = ScheduledBatch((Work(sequence, 1, samples=True),))
     cores = torch.get_num_threads()
     seconds: dict[int, float] = {}
-    for threads in (cores, 1):
-        torch.set_num_threads(threads)
-        times = []
-        for _ in range(THREAD_TRIALS):
+    for trial in range(THREAD_TRIALS + 1):
+        for threads in (cores, 1):
+            torch.set_num_threads(threads)
             started = time.perf_counter()
             runner.run(batch)
-            times.append(time.perf_counter() - started)
-        seconds[threads] = min(times)
+            spent = time.perf_counter() - started
+            if trial:  # the first one starts the threads
+                seconds[threads] = min(spent, seconds.get(threads, spent))
     torch.set_num_threads(cores if seconds[cores] < THREAD_GAIN * seconds[1] else 1)
     logger.info(
         "CPU threads: %d (a decode step takes %.1f ms on %d, %.1f ms on one)",
@@ -195,12 +195,10 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
     size = config.block_size
     device = model.ops.device
     cuda = device.type == "cuda"
-    resident = read_memory(device).process
     pages = list(range(-(-num_tokens // size)))
     cache = allocate(model.spec, len(pages) * size, kv_dtype, device)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device)
+    start_peak(device)
+    resting = allocated(device)
     runner = ModelRunner(model, cache, size)
     params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=20)
     now = Timings(time.monotonic())
@@ -214,10 +212,8 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
                 for i in range(count)
             ]
             runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
+    workspace = max(0, read_peak(device) - resting)
     del cache, runner
     if cuda:
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - allocated
         torch.cuda.empty_cache()
-        return peak
-    return max(0, read_memory(device).process - resident)
+    return workspace

@@ -6,6 +6,7 @@ fraction to guess. Bytes everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from server.sizes import format_bytes
 
 MIB = 1024**2
-MARGIN_BYTES = 32 * MIB  # kept free for what grows after start: connections, detokenizers, allocator slack
+MARGIN_BYTES = 32 * MIB  # kept free for what grows after start: allocator slack,
+CPU_MARGIN_BYTES = 64 * MIB  # and on the CPU, where they are the same memory, connections, texts and log-probabilities
 MARGIN_SHARE = 0.02  # of the limit, on top
 CPU_KV_SHARE = 0.25  # of free memory at most, where nobody set a budget: other programs live there too,
 CPU_KV_BYTES = 1024 * MIB  # and so much is enough, unless a single sequence may need more
@@ -61,6 +63,30 @@ def read_memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(total, free, resident)
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes in use now: of torch's allocator on CUDA, of the whole process on the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else read_memory(device).process
+
+
+def start_peak(device: torch.device) -> None:
+    """Forget earlier peaks of `allocated`. Where the kernel does not let us, `read_peak` is of the whole past."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+
+
+def read_peak(device: torch.device) -> int:
+    """The most that `allocated` was since `start_peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+
 def plan_kv(
     memory: DeviceMemory,
     *,
@@ -78,7 +104,7 @@ def plan_kv(
     Raises MemoryBudgetError when not even one sequence of the length asked for (or of 256 tokens) would fit.
     """
     limit = min(memory.process + memory.free, memory_budget or memory.total)
-    margin = MARGIN_BYTES + round(MARGIN_SHARE * limit)
+    margin = (CPU_MARGIN_BYTES if device.type == "cpu" else MARGIN_BYTES) + round(MARGIN_SHARE * limit)
     room = limit - memory.process - margin
     if kv_memory is not None:
         room = min(room, kv_memory)
