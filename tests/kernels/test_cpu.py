@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,15 +21,6 @@ from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOps(CPU, torch.float64)
 EPS = 2.0**-23
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Many small products on a busy machine: barriers between threads would cost more than the products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

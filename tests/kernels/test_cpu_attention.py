@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,15 +15,6 @@ CPU = torch.device("cpu")
 OPS = CpuOps(CPU)
 REFERENCE = ReferenceOps(CPU, torch.float64)
 BLOCK, PAGES = 4, 80
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Many small products on a busy machine: barriers between threads would cost more than the products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_batch(work: list[tuple[int, int]], neighbours: bool) -> AttentionBatch:

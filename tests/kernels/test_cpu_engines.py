@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from kernels.cpu_engines import (
 
 ENGINES = machine_choice().engines
 needs_engine = pytest.mark.skipif(not ENGINES, reason="torch has no int8 GEMM for this machine")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Many small products on a busy machine: barriers between threads would cost more than the products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Exact:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Harness
+from harness import Harness
 from models import SMALL, random_model, real_model
 
 from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch

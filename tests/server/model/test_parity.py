@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Harness
+from harness import Harness
 from models import FAMILIES, SMALL, random_model, real_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 

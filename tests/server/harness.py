@@ -1,0 +1,68 @@
+"""Driving scheduler and runner by hand, without a thread, on a real model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kernels.ops import BackendName, make_ops
+from server.core import SamplingParams, Sequence, Timings
+from server.engine.kv_cache import allocate
+from server.engine.runner import ModelRunner
+from server.model.load import load_model
+from server.scheduler.blocks import BlockManager
+from server.scheduler.scheduler import Scheduler
+from spq.checkpoint import open_model
+
+
+class Harness:
+    """A model folder with a scheduler and a cache, stepped by hand; integrity is checked after every step."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        backend: BackendName = "cpu",
+        num_blocks: int = 128,
+        block_size: int = 16,
+        max_batch_tokens: int = 48,
+        max_num_seqs: int = 16,
+        admission_reserve: float = 1.0,
+        kv_dtype: torch.dtype = torch.float32,
+        prefix_caching: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        source = open_model(folder)
+        self.spec = source.spec
+        self.model, self.bytes = load_model(
+            source, make_ops(torch.device("cpu"), dtype, backend), source.spec.max_positions
+        )
+        cache = allocate(self.spec, num_blocks * block_size, kv_dtype, torch.device("cpu"))
+        self.runner = ModelRunner(self.model, cache, block_size)
+        self.scheduler = Scheduler(
+            BlockManager(num_blocks, block_size, prefix_caching and not self.model.rope.length_dependent),
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            max_model_len=self.spec.max_positions,
+            admission_reserve=admission_reserve,
+        )
+
+    def sequence(self, prompt: list[int], name: str = "s", **params: object) -> Sequence:
+        """A sequence with greedy defaults."""
+        options: dict[str, object] = {"max_tokens": 64, "temperature": 0.0, **params}
+        return Sequence(name, list(prompt), len(prompt), SamplingParams(**options), Timings(0.0))  # type: ignore[arg-type]
+
+    def run(self, sequences: list[Sequence], on_step: Callable[[int], None] | None = None) -> list[Sequence]:
+        """Run until nothing is left."""
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        step = 0
+        while (batch := self.scheduler.schedule(float(step))) is not None:
+            self.scheduler.commit(batch, self.runner.run(batch), float(step))
+            self.scheduler.check()
+            step += 1
+            if on_step is not None:
+                on_step(step)
+        return sequences
