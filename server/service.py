@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 Phase = Literal["starting", "downloading", "compressing", "loading", "warming_up", "ready", "draining", "failed"]
 Report = Callable[[Phase, float, str, float | None], None]  # phase, share done, detail, seconds left
 EXPECTED_START_S = 10  # Retry-After while nothing better is known
+LOG_EVERY_S = 5.0
 CANCEL_S = 5.0  # what a start-up gets to notice that it is not wanted any more
 
 
@@ -88,6 +89,7 @@ class Service:
         self._lock = threading.Lock()
         self._detail = ""
         self._progress = 0.0
+        self._logged_s = time.monotonic()
         self._eta_s: float | None = None
         self._error: str | None = None
         self._thread: threading.Thread | None = None
@@ -182,6 +184,15 @@ class Service:
             spent = time.monotonic() - self._clock.phase_started_s
             guess = spent / progress * (1 - progress) if progress > 0.05 else None
             self._detail, self._progress, self._eta_s = detail, progress, eta_s if eta_s is not None else guess
+            self._log_progress()
+
+    def _log_progress(self) -> None:
+        """A line every few seconds of a long phase."""
+        now = time.monotonic()
+        if now - self._logged_s > LOG_EVERY_S and 0 < self._progress < 1:
+            self._logged_s = now
+            left = "" if self._eta_s is None else f", {self._eta_s:.0f} s left"
+            logger.info("%s: %.0f %% %s%s", self._clock.phase, 100 * self._progress, self._detail, left)
 
     def _enter(self, phase: Phase) -> None:
         with self._lock:
