@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.attention_block import attend_block
 from kernels.gpu.configs import SPLIT_LEN, decode_config, next_power_of_2
-from kernels.gpu.primitives import dequantize, dot
 from kernels.ops import AttentionBatch, LayerKv
 
 _LOG2_E = 1.4426950408889634
@@ -82,33 +82,32 @@ def decode_attention_kernel(
             j = start + tl.arange(0, BLOCK)
             ok = j < end
             seen = ok & (j >= context - window) if WINDOWED else ok
-            page = tl.load(block_tables + sequence * table_stride + j // PAGE, mask=ok, other=0).to(tl.int64)
-            slot = page * PAGE + j % PAGE
-            at = slot * slot_stride + kv_head * head_stride
-            keys = tl.load(k_cache + at[None, :] + d[:, None], mask=ok[None, :] & (d < D)[:, None], other=0)
-            keys = dequantize(keys, query.dtype, False, UPCAST)
-            scores = dot(query, keys, tl.zeros((ROWS, BLOCK), dtype=tl.float32), UPCAST) * scale_log2
-            if INT8:
-                scale_at = slot * num_kv_heads + kv_head
-                scores = scores * tl.load(k_scale + scale_at, mask=ok, other=0.0)[None, :]
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet (outside the window)
-            probs = tl.exp2(scores - safe_top[:, None])
-            shrink = tl.exp2(top - safe_top)
-            values = tl.load(v_cache + at[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0)
-            values = dequantize(values, query.dtype, False, UPCAST)
-            total = total * shrink + tl.sum(probs, 1)
-            if INT8:
-                # Relative to the largest scale of the block: probability * scale alone would underflow in fp16.
-                steps = tl.load(v_scale + scale_at, mask=ok, other=0.0)
-                largest = tl.maximum(tl.max(steps, 0), 1e-30)
-                probs = probs * (steps / largest)[None, :]
-                product = dot(probs.to(query.dtype), values, tl.zeros((ROWS, D_PAD), dtype=tl.float32), UPCAST)
-                acc = acc * shrink[:, None] + product * largest
-            else:
-                acc = dot(probs.to(query.dtype), values, acc * shrink[:, None], UPCAST)
-            top = new_top
+            top, total, acc = attend_block(
+                query,
+                k_cache,
+                v_cache,
+                k_scale,
+                v_scale,
+                block_tables + sequence * table_stride,
+                j,
+                ok,
+                seen[None, :],
+                top,
+                total,
+                acc,
+                scale_log2,
+                slot_stride,
+                head_stride,
+                kv_head,
+                num_kv_heads,
+                ROWS,
+                PAGE,
+                D,
+                D_PAD,
+                BLOCK,
+                INT8,
+                UPCAST,
+            )
         total_safe = tl.where(total > 0, total, 1.0)
         mean = acc / total_safe[:, None]
         if DIRECT:
