@@ -91,7 +91,7 @@ def find_cases(models: Path | None, stories: Path | None, books: Path | None) ->
     return cases
 
 
-def measure(case: Case, max_tokens: int) -> tuple[list[Row], Perplexity]:
+def measure(case: Case, max_tokens: int | None) -> tuple[list[Row], Perplexity]:
     """Rows of one model, float16 first, and the evaluation protocol."""
     device = torch.device("cpu")
 
@@ -190,13 +190,16 @@ def header(arguments: argparse.Namespace) -> list[str]:
         ("--books FILE", arguments.books),
     ]
     flags = " ".join(flag for flag, value in given if value is not None)
+    limit = arguments.max_tokens
+    flags += "" if limit is None else f" --max-tokens {limit}"
+    extent = "The whole evaluation text is" if limit is None else f"Only the first {limit} tokens of each text are"
     return [
         "# Size and perplexity after compression",
         "",
-        f"Made by `python -m spq.results {flags} --max-tokens {arguments.max_tokens} --threads {arguments.threads}` on "
+        f"Made by `python -m spq.results {flags} --threads {arguments.threads}` on "
         f"{datetime.now(UTC):%Y-%m-%d}; {_cpu_name()}, {arguments.threads} thread(s); Python "
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}. "
-        f"Only the first {arguments.max_tokens} tokens of each evaluation text are used; weights are stored as said, "
+        f"{extent} used; weights are stored as said, "
         "computed with in float32. Bytes are those of the tensors, a tied table counted once; seconds are those of "
         "compressing. Perplexities of different models are per token of different tokenizers: compare within a table.",
         "",
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stories", type=Path, help="TinyStories text, for the first two")
     parser.add_argument("--books", type=Path, help="held-out books, for storyteller (or demo/storyteller)")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
-    parser.add_argument("--max-tokens", type=int, default=60_000, help="evaluated tokens per model (default: 60000)")
+    parser.add_argument("--max-tokens", type=int, help="evaluated tokens per model (default: the whole text)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
