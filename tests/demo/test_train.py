@@ -109,18 +109,18 @@ def test_short_texts_are_refused_with_the_numbers(script: ModuleType) -> None:
 
 
 def test_defaults_are_the_bundled_model(script: ModuleType) -> None:
-    recipe, config = script.Recipe(), AutoModelForCausalLM.from_pretrained(DEMO / "model").config
+    recipe, config = script.Recipe(), AutoModelForCausalLM.from_pretrained(DEMO / "storyteller").config
     made = script.build_model(recipe).config
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"):  # fmt: skip
         assert getattr(made, name) == getattr(config, name), name
-    template = (DEMO / "model" / "chat_template.jinja").read_text()
+    template = (DEMO / "storyteller" / "chat_template.jinja").read_text()
     assert template == script.CHAT_TEMPLATE
 
 
 def test_bundled_model_writes_english() -> None:
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "storyteller", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "storyteller")
     text = "It was a cold night, and the old man sat by the fire. He said that he would go to the"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -250,15 +250,23 @@ def test_chunked_body_over_the_limit(make_bench: Any) -> None:
 
 def test_access_log_has_one_line_a_request(bench: Any, caplog: Any) -> None:
     with caplog.at_level(logging.INFO, logger="server.access"):
-        bench.client.get("/health", headers={"X-Request-Id": "me"})
+        bench.client.get("/version", headers={"X-Request-Id": "me"})
         bench.complete(stream=True)
         bench.client.get("/n%0Aope")
     lines = [record.getMessage() for record in caplog.records if record.name == "server.access"]
     assert len(lines) == 3
-    assert lines[0].startswith("GET /health 200 ")
+    assert lines[0].startswith("GET /version 200 ")
     assert lines[0].endswith(" ms me")
     assert lines[1].startswith("POST /v1/completions 200 ")
     assert lines[2].startswith("GET /n\\nope 404 ")
+
+
+def test_probes_are_logged_for_debugging_only(bench: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.DEBUG, logger="server.access"):
+        for path in ("/health", "/ready", "/metrics"):
+            bench.client.get(path)
+    levels = [record.levelname for record in caplog.records if record.name == "server.access"]
+    assert levels == ["DEBUG"] * 3
 
 
 def test_http_metrics_by_route_not_by_path(bench: Any) -> None:
