@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 KERNEL_ROWS = (1, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
 THREAD_TRIALS = 5
-THREAD_GAIN = 0.7  # of the time on one thread, or more threads are not worth their waiting
+THREAD_GAIN = 0.9  # of the time on one thread, or more threads are not worth their waiting
 
 Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
