@@ -77,14 +77,13 @@ def default_name(model: str) -> str:
 class Service:
     """Holds what requests need: options, metrics, and once loaded the engine and the tokenizer."""
 
-    def __init__(self, config: ServerConfig, *, check_every_step: bool = False) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.served_names = config.served_model_names or (default_name(config.model),)
         self.metrics = Metrics(self.served_names[0])
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer | None = None
         self.on_failure: Callable[[], None] = lambda: None  # called on the start-up thread
-        self._check_every_step = check_every_step
         self._clock = _Clock()
         self._lock = threading.Lock()
         self._detail = ""
@@ -156,9 +155,7 @@ class Service:
         try:
             from server import startup  # torch and transformers take seconds to import: the port is open meanwhile
 
-            engine, tokenizer = startup.start_up(
-                self.config, self._report, on_step=self.metrics.step, check_every_step=self._check_every_step
-            )
+            engine, tokenizer = startup.start_up(self.config, self._report, on_step=self.metrics.step)
         except StartUpCancelled:
             logger.info("start-up was cut off")
         except StartUpError as error:

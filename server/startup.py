@@ -18,7 +18,7 @@ from spq.errors import SpqError
 
 
 def start_up(
-    config: ServerConfig, report: Report, *, on_step: Callable[[int, float], None], check_every_step: bool
+    config: ServerConfig, report: Report, *, on_step: Callable[[int, float], None]
 ) -> tuple[Engine, Tokenizer]:
     """Find, compress if needed, load. The engine is not started.
 
@@ -32,7 +32,6 @@ def start_up(
             config,
             progress=lambda phase, done: report(phase, done, "", None),
             on_step=on_step,
-            check_every_step=check_every_step,
         )
     except (SpqError, MemoryBudgetError, OSError, ValueError) as error:
         raise StartUpError(str(error)) from error

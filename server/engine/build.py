@@ -21,7 +21,7 @@ from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop
-from server.engine.memory import MemoryBudgetError, allocated, plan_kv, read_memory, read_peak, start_peak
+from server.engine.memory import MemoryBudgetError, plan_kv, read_memory
 from server.engine.runner import ModelRunner
 from server.model.facts import compression_facts
 from server.model.llama import Llama
@@ -31,6 +31,7 @@ from server.scheduler.scheduler import Scheduler
 from server.sizes import format_bytes
 from spq.checkpoint import open_model
 from spq.errors import OptionError
+from spq.memory import PeakMemory
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ def build_engine(
     *,
     progress: Progress,
     on_step: Callable[[int, float], None] | None = None,
-    check_every_step: bool = False,
 ) -> Engine:
     """A loaded engine, not yet started.
 
@@ -115,7 +115,7 @@ def build_engine(
         admission_reserve=config.admission_reserve,
     )
     runner = ModelRunner(model, cache, config.block_size)
-    loop = EngineLoop(scheduler, runner, on_step=on_step, check_every_step=check_every_step)
+    loop = EngineLoop(scheduler, runner, on_step=on_step)
     info = ModelInfo(
         max_model_len=plan.max_model_len,
         vocab_size=spec.vocab_size,
@@ -197,8 +197,8 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
     cuda = device.type == "cuda"
     pages = list(range(-(-num_tokens // size)))
     cache = allocate(model.spec, len(pages) * size, kv_dtype, device)
-    start_peak(device)
-    resting = allocated(device)
+    peak = PeakMemory(device)
+    resting = torch.cuda.memory_allocated(device) if cuda else peak.rss_at_start_bytes
     runner = ModelRunner(model, cache, size)
     params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=20)
     now = Timings(time.monotonic())
@@ -212,7 +212,7 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
                 for i in range(count)
             ]
             runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
-    workspace = max(0, read_peak(device) - resting)
+    workspace = max(0, (peak.gpu_bytes() if cuda else peak.rss_bytes()) - resting)
     del cache, runner
     if cuda:
         torch.cuda.empty_cache()

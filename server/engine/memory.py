@@ -6,7 +6,6 @@ fraction to guess. Bytes everywhere.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,30 +60,6 @@ def read_memory(device: torch.device) -> DeviceMemory:
     if limit is not None and limit < total:
         total, free = limit, min(free, max(0, limit - resident))
     return DeviceMemory(total, free, resident)
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes in use now: of torch's allocator on CUDA, of the whole process on the CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else read_memory(device).process
-
-
-def start_peak(device: torch.device) -> None:
-    """Forget earlier peaks of `allocated`. Where the kernel does not let us, `read_peak` is of the whole past."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-
-
-def read_peak(device: torch.device) -> int:
-    """The most that `allocated` was since `start_peak`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 
 
 def plan_kv(
