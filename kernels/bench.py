@@ -22,6 +22,7 @@ import torch
 
 from kernels.bench_cases import CPU, CUDA, QUICK, Case, Size, attention_cases, input_cases, weight_cases
 from kernels.bench_machine import copy_gb_s, describe
+from kernels.native.library import machine_choice
 from kernels.ops import BackendName, make_ops
 
 
@@ -87,7 +88,9 @@ def run(device: torch.device, size: Size) -> dict[str, Any]:
     copy_rate = copy_gb_s(device, 1 << 20 if size is QUICK else 256 << 20 if device.type == "cuda" else 64 << 20)
     print(f"copy: {copy_rate:.1f} GB/s (read and write counted)")
     print(f"{'operation':18} {'back end':10} {'median us':>10} {'20%':>9} {'80%':>9} {'GB/s':>7} {'of copy':>8}  shape")
-    backends: tuple[BackendName, ...] = ("reference", "triton" if device.type == "cuda" else "cpu")
+    backends: list[BackendName] = ["reference", "triton" if device.type == "cuda" else "cpu"]
+    if device.type == "cpu" and machine_choice().library is not None:
+        backends.append("native")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: list[Result] = []
     methods: dict[str, str] = {}

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_engines import machine_choice
-from kernels.cpu_linear import DigitMatrix, FloatMatrix, Joint, WidenedMatrix, join, lay_out
+from kernels.cpu_linear import FloatMatrix, Joint, Matrix, WidenedMatrix, join, lay_out
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight
+from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Table:
 
     rows: Tensor  # [vocab, hidden], int8 or float
     scale: Tensor | None  # float32 [vocab] for int8 rows
-    head: FloatMatrix | DigitMatrix | WidenedMatrix | None
+    head: Matrix | None
 
     @property
     def nbytes(self) -> int:
@@ -62,26 +62,30 @@ class CpuOps:
         self.linear_method = choice.engines[0].name if choice.engines else "widened"
         self.linear_reason = choice.reason
 
+    def use_threads(self, count: int) -> None:
+        """Let `count` CPU threads work from now on: torch's own."""
+        torch.set_num_threads(count)
+
     def prepare_linear(self, weight: LinearWeight) -> Joint:
         """Pack one matrix (or pair). Drop the caller's tensors afterwards: what a digit engine packed is a copy."""
-        return join([weight], self._engines)
+        return join([weight], self._lay_out)
 
     def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Joint:
         """Pack three projections of one input. Raises ValueError when their input widths differ."""
         check_same_input(q, k, v)
-        return join([q, k, v], self._engines)
+        return join([q, k, v], self._lay_out)
 
     def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Joint:
         """Pack two projections of one input. Raises ValueError when their shapes differ."""
         check_same_input(gate, up)
         if gate.shape != up.shape:
             raise ValueError(f"gate_proj has {gate.shape[0]} outputs, up_proj {up.shape[0]}: they must be equal")
-        return join([gate, up], self._engines)
+        return join([gate, up], self._lay_out)
 
     def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
         """Keep the rows; with `tied_head` also pack them as a matrix (a second copy unless the rows serve as they
         are: float32, or int8 that is widened at each use)."""
-        head = lay_out([weight], self._engines) if tied_head else None
+        head = self._lay_out([weight]) if tied_head else None
         if isinstance(weight, Int8Weight):
             return Table(weight.qweight, weight.scale.float(), head)
         return Table(weight.weight, None, head)
@@ -122,11 +126,6 @@ class CpuOps:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
         return (x * scale).mul_(weight)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Overwrites `residual` with the sum."""
-        residual.add_(x)
-        return self.rms_norm(residual, weight, eps), residual
-
     def attention_input(
         self, h: Tensor, norm: Norm, weight: Joint, heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
@@ -160,6 +159,9 @@ class CpuOps:
     def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
         """See Ops."""
         return paged_attention(q, kv, batch, scale, window)
+
+    def _lay_out(self, leaves: list[Leaf]) -> Matrix:
+        return lay_out(leaves, self._engines)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ Not the integer GEMMs nor their error (`cpu_engines`), nor the model's operation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,17 @@ class FloatMatrix:
         return F.linear(x, self.weight)
 
 
-Matrix = DigitMatrix | WidenedMatrix | FloatMatrix  # each with nbytes and multiply(x [M, in]) -> [M, out]
+class Matrix(Protocol):
+    """What multiplies an input, in whatever layout."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [M, in] -> [M, out]."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident."""
+        ...
 
 
 @dataclass(slots=True)
@@ -100,7 +110,10 @@ class Joint:
 
     def apply(self, x: Tensor) -> list[Tensor]:
         """x [T, in] -> one [T, out] per projection; a view with a row stride where matrices are stacked."""
-        products = [matrix.multiply(x) for matrix in self.firsts]
+        return self.finish([matrix.multiply(x) for matrix in self.firsts])
+
+    def finish(self, products: Sequence[Tensor]) -> list[Tensor]:
+        """The projections from the products of `firsts`, in order."""
         results = []
         for output in self.outputs:
             y = products[output.first]
@@ -119,8 +132,8 @@ class Joint:
         return sum(m.nbytes for m in self.firsts) + ups + biases
 
 
-def join(weights: Sequence[LinearWeight], engines: Sequence[Engine]) -> Joint:
-    """Stack the matrices that read one input: the int8 ones into one, the float ones into another.
+def join(weights: Sequence[LinearWeight], lay_out: Callable[[list[Leaf]], Matrix]) -> Joint:
+    """Stack the matrices that read one input: the int8 ones into one, the float ones into another, by `lay_out`.
 
     Raises ValueError where the shapes of a weight disagree.
     """
@@ -138,9 +151,9 @@ def join(weights: Sequence[LinearWeight], engines: Sequence[Engine]) -> Joint:
             stop = start + leaves[i].shape[0]
             places[i] = len(joint.firsts), None if len(members) == 1 else slice(start, stop)
             start = stop
-        joint.firsts.append(lay_out([leaves[i] for i in members], engines))
+        joint.firsts.append(lay_out([leaves[i] for i in members]))
     for i, weight in enumerate(weights):
-        up = lay_out([weight.up], engines) if isinstance(weight, LowRankWeight) else None
+        up = lay_out([weight.up]) if isinstance(weight, LowRankWeight) else None
         bias = None if weight.bias is None else weight.bias.float()
         joint.outputs.append(Output(*places[i], up, bias))
     return joint

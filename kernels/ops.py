@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight
 
-BackendName = Literal["auto", "reference", "cpu", "triton"]
+BackendName = Literal["auto", "reference", "cpu", "native", "triton"]
 
 
 @dataclass(slots=True)
@@ -76,6 +76,10 @@ class Ops(Protocol):
     device: torch.device
     dtype: torch.dtype  # of activations
 
+    def use_threads(self, count: int) -> None:
+        """Let `count` CPU threads work from now on."""
+        ...
+
     def prepare_linear(self, weight: LinearWeight) -> Any:
         """Lay out one matrix. Raises ValueError when shapes disagree."""
         ...
@@ -131,16 +135,21 @@ class Ops(Protocol):
 
 
 def make_ops(device: torch.device, dtype: torch.dtype, backend: BackendName = "auto") -> Ops:
-    """The implementation for a device: Triton on CUDA, the int8 CPU one elsewhere, unless one is named.
+    """The implementation for a device: Triton on CUDA; elsewhere the compiled one where it was built and passes its
+    test, else the portable one; unless one is named.
 
     Raises ValueError for a name that is none of `BackendName`, RuntimeError where the device cannot run it.
     """
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "cpu"
+        backend = "triton" if device.type == "cuda" else _cpu_backend()
     if backend == "triton":
         from kernels.gpu.backend import TritonOps  # imports triton: absent on machines without it
 
         return TritonOps(device, dtype)
+    if backend == "native":
+        from kernels.native.backend import NativeOps
+
+        return NativeOps(device, dtype)
     if backend == "cpu":
         from kernels.cpu import CpuOps
 
@@ -149,4 +158,10 @@ def make_ops(device: torch.device, dtype: torch.dtype, backend: BackendName = "a
         from kernels.reference import ReferenceOps
 
         return ReferenceOps(device, dtype)
-    raise ValueError(f"backend {backend!r} is none of auto, reference, cpu, triton")
+    raise ValueError(f"backend {backend!r} is none of auto, reference, cpu, native, triton")
+
+
+def _cpu_backend() -> BackendName:
+    from kernels.native.library import machine_choice
+
+    return "cpu" if machine_choice().library is None else "native"

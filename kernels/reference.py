@@ -24,6 +24,10 @@ class ReferenceOps:
         self.device = device
         self.dtype = dtype
 
+    def use_threads(self, count: int) -> None:
+        """Let `count` CPU threads work from now on: torch's own."""
+        torch.set_num_threads(count)
+
     def prepare_linear(self, weight: LinearWeight) -> LinearWeight:
         """The weight itself, on the device."""
         moved: LinearWeight = _to(weight, self.device)

@@ -82,7 +82,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     "device and memory": (
         Option("device", "where to run", choices=("auto", "cuda", "cpu")),
         Option("dtype", "of activations; auto: float32 on CPU, a 16-bit type on CUDA", choices=("auto", *FLOATS)),
-        Option("backend", "kernels; auto: Triton on CUDA", choices=("auto", "reference", "cpu", "triton")),
+        Option(
+            "backend",
+            "kernels; auto: Triton on CUDA, native (C) where it was built, else cpu",
+            choices=("auto", "reference", "cpu", "native", "triton"),
+        ),
         Option("kv-dtype", "of the KV cache; auto: as --dtype", choices=("auto", "int8", *FLOATS)),
         Option(
             "memory-budget",

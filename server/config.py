@@ -28,7 +28,7 @@ class ServerConfig(BaseModel):
     # device and memory
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "native", "triton"] = "auto"
     kv_dtype: Literal["auto", "int8", "float32", "float16", "bfloat16"] = "auto"
     memory_budget: int | None = Field(None, gt=0)  # bytes on the device, whole process
     kv_memory: int | None = Field(None, gt=0)  # bytes, overrides what the budget would leave

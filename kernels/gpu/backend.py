@@ -91,6 +91,10 @@ class TritonOps:
         self.dtype = dtype
         self._magic = dtype == torch.float16  # see primitives.dequantize
 
+    def use_threads(self, count: int) -> None:
+        """Let `count` CPU threads work from now on: torch's own."""
+        torch.set_num_threads(count)
+
     def prepare_linear(self, weight: LinearWeight) -> Linear:
         """Lay out one matrix. Raises ValueError when shapes disagree."""
         if is_int8(weight):

@@ -55,7 +55,8 @@ def build_engine(
     """
     device = pick_device(config)
     dtype = pick_dtype(config, device)
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    threads = config.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
     ops = make_ops(device, dtype, config.backend)
     source = open_model(folder)
     spec = source.spec
@@ -75,10 +76,11 @@ def build_engine(
             f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
         )
     progress("warming_up", 0.0)
+    ops.use_threads(threads)
     kv_dtype = dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
     workspace = warm_up(model, config, min(config.max_batch_tokens, wanted_len), kv_dtype)
     if config.threads is None and device.type == "cpu":
-        pick_threads(model, config.block_size, kv_dtype)
+        pick_threads(model, threads, config.block_size, kv_dtype)
     after = read_memory(device)
     held = max(after.process, before.process + workspace)  # given back after a step, needed again by the next
     after = replace(after, process=held, free=after.free - (held - after.process))
@@ -157,7 +159,7 @@ def device_name(device: torch.device) -> str:
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
 
 
-def pick_threads(model: Llama, block_size: int, kv_dtype: torch.dtype) -> None:
+def pick_threads(model: Llama, cores: int, block_size: int, kv_dtype: torch.dtype) -> None:
     """Keep all cores if they make a single decode step clearly faster than one thread does, else use one.
 
     The matrices of a small model are done before a second thread has woken, and threads that wait for each other
@@ -166,20 +168,20 @@ def pick_threads(model: Llama, block_size: int, kv_dtype: torch.dtype) -> None:
     runner = ModelRunner(model, allocate(model.spec, block_size, kv_dtype, model.ops.device), block_size)
     sequence = Sequence("threads", [0], 1, SamplingParams(max_tokens=1), Timings(time.monotonic()), block_table=[0])
     batch = ScheduledBatch((Work(sequence, 1, samples=True),))
-    cores = torch.get_num_threads()
     seconds: dict[int, float] = {}
     for trial in range(THREAD_TRIALS + 1):
         for threads in (cores, 1):
-            torch.set_num_threads(threads)
+            model.ops.use_threads(threads)
             started = time.perf_counter()
             runner.run(batch)
             spent = time.perf_counter() - started
             if trial:  # the first one starts the threads
                 seconds[threads] = min(spent, seconds.get(threads, spent))
-    torch.set_num_threads(cores if seconds[cores] < THREAD_GAIN * seconds[1] else 1)
+    chosen = cores if seconds[cores] < THREAD_GAIN * seconds[1] else 1
+    model.ops.use_threads(chosen)
     logger.info(
         "CPU threads: %d (a decode step takes %.1f ms on %d, %.1f ms on one)",
-        torch.get_num_threads(),
+        chosen,
         1e3 * seconds[cores],
         cores,
         1e3 * seconds[1],

@@ -13,6 +13,7 @@ import torch
 from kernels.bench import main, measure
 from kernels.bench_cases import Case
 from kernels.bench_machine import copy_gb_s
+from kernels.native.library import machine_choice
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -46,7 +47,9 @@ def test_quick_run_prints_a_table_and_json(tmp_path: Path) -> None:
     assert len(lines) == len(results) + 3
     operations = {"int8_linear", "low_rank", "mlp_input", "attention_input"}
     operations |= {"decode_attention", "prefill_attention"}
-    for backend in ("reference", "cpu"):
+    backends = {r["backend"] for r in results}
+    assert backends == {"reference", "cpu"} | ({"native"} if machine_choice().library else set())
+    for backend in backends:
         assert {r["op"] for r in results if r["backend"] == backend} == operations
     for r in results:
         assert 0 < r["q20_us"] <= r["median_us"] <= r["q80_us"]

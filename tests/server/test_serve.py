@@ -283,12 +283,12 @@ def test_sigterm_lets_streams_end_and_the_second_start_finds_the_cache(server: S
     assert model is not None
     second = start(model, cache, "--served-model-name", "demo", "--kv-memory", "64MiB")
     assert "compressing" not in second.phases
-    body = {"model": "demo", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{second.url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         second.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(0.1)
         ready = httpx.get(f"{second.url}/ready")
         assert (ready.status_code, ready.json()["phase"]) == (503, "draining")
         refused = httpx.post(f"{second.url}/v1/completions", json=body)

@@ -1,0 +1,193 @@
+"""`Ops` on the compiled operations: int8 matrices in C, float ones in torch, activations float32.
+
+Not the portable CPU implementation (`kernels.cpu`), which serves where no extension was built. A layer
+is six calls: what comes before attention (two, more for factor pairs), attention, and three products, with norms, SiLU,
+rotation and the residual sum inside.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu_attention import paged_attention
+from kernels.cpu_linear import FloatMatrix, Joint, join
+from kernels.native.library import KINDS, WIDEST_HEAD, CCache, CHeads, CQueries, Pool, machine_choice
+from kernels.native.matrix import PackedMatrix
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
+from kernels.reference import check_same_input
+from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
+
+
+@dataclass(slots=True)
+class Table:
+    """Embedding rows; an int8 table is packed once for `embed` and `logits`."""
+
+    matrix: PackedMatrix | FloatMatrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident."""
+        return self.matrix.nbytes
+
+
+class NativeOps:
+    """See kernels.ops.Ops. Raises ValueError for a device that is not a CPU or activations other than float32, and
+    RuntimeError where no extension can run here.
+
+    An int8 product of a row does not depend on the other rows, bit for bit, nor does attention on other sequences.
+    """
+
+    name = "native"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        if device.type != "cpu":
+            raise ValueError(f"backend 'native' on device {device}: name a CPU device, or backend 'triton' for CUDA")
+        if dtype != torch.float32:
+            raise ValueError(f"dtype {dtype} on a CPU: only float32 is supported; set dtype to float32 or auto")
+        choice = machine_choice()
+        if choice.library is None:
+            raise RuntimeError(f"backend 'native' cannot run here: {choice.reason}; use backend 'cpu'")
+        self.device = device
+        self.dtype = dtype
+        self.linear_method = f"native{choice.library.name}"
+        self.linear_reason = choice.reason
+        self._functions = choice.library.functions
+        self._pool = Pool(choice.library, torch.get_num_threads())
+        self._floats = False  # matrices that torch multiplies
+
+    def use_threads(self, count: int) -> None:
+        """Let `count` threads work, at most as many as torch had when this was made.
+
+        torch gets one, unless it has float matrices to multiply: its threads spin for a while after each operation, and
+        would take the cores from ours.
+        """
+        self._pool.limit(count)
+        torch.set_num_threads(count if self._floats else 1)
+
+    def prepare_linear(self, weight: LinearWeight) -> Joint:
+        """Pack one matrix or pair. The caller's tensors of int8 weights are copied: drop them."""
+        return join([weight], self._lay_out)
+
+    def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Joint:
+        """Pack three projections of one input. Raises ValueError when their input widths differ."""
+        check_same_input(q, k, v)
+        return join([q, k, v], self._lay_out)
+
+    def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Joint | PackedMatrix:
+        """Pack two projections of one input. Raises ValueError when their shapes differ."""
+        check_same_input(gate, up)
+        if gate.shape != up.shape:
+            raise ValueError(f"gate_proj has {gate.shape[0]} outputs, up_proj {up.shape[0]}: they must be equal")
+        if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight) and gate.bias is None and up.bias is None:
+            return PackedMatrix([gate, up], self._pool, alternate=True)
+        return join([gate, up], self._lay_out)
+
+    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
+        """Pack an int8 table once, whether the head is tied to it or not; a float one is kept as it is stored."""
+        if isinstance(weight, Int8Weight):
+            return Table(PackedMatrix([weight], self._pool))
+        self._floats |= tied_head
+        return Table(FloatMatrix(weight.weight.float() if tied_head else weight.weight))
+
+    def nbytes(self, prepared: Joint | PackedMatrix | Table) -> int:
+        """Bytes resident, padding included."""
+        return prepared.nbytes
+
+    def embed(self, token_ids: Tensor, table: Table) -> Tensor:
+        """token_ids int64 [T] -> float32 [T, hidden]."""
+        if isinstance(table.matrix, PackedMatrix):
+            return table.matrix.rows(token_ids)
+        return table.matrix.weight.index_select(0, token_ids).float()
+
+    def attention_input(
+        self, h: Tensor, norm: Norm, weight: Joint, heads: HeadTransform, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """See Ops. Raises ValueError for heads of odd width or wider than 512."""
+        width = kv.key.shape[-1]
+        if width % 2 or width > WIDEST_HEAD:
+            raise ValueError(f"heads of {width}: an even width of at most {WIDEST_HEAD} is needed; use backend 'cpu'")
+        q, k, v = self._apply(weight, h, norm)
+        rotated = torch.empty(h.shape[0], q.shape[1] // width, width)
+        q_norm, k_norm = heads.q_norm, heads.k_norm
+        cos, sin = heads.cos.contiguous(), heads.sin.contiguous()
+        arguments = CHeads(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0),
+            h.shape[0], rotated.shape[1], cos.data_ptr(), sin.data_ptr(),
+            None if q_norm is None else q_norm.weight.data_ptr(), None if k_norm is None else k_norm.weight.data_ptr(),
+            0.0 if q_norm is None else q_norm.eps, 0.0 if k_norm is None else k_norm.eps,
+            slots.data_ptr(), rotated.data_ptr(),
+        )  # fmt: skip
+        self._functions.spq_heads(self._pool.address, byref(arguments), byref(_cache(kv)))
+        return rotated
+
+    def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
+        """See Ops. Heads whose width is no multiple of 8 take the portable way."""
+        tokens, heads, width = q.shape
+        if width % 8:
+            return paged_attention(q, kv, batch, scale, window)
+        out = torch.empty(tokens, heads * width)
+        tables = batch.block_tables
+        arguments = CQueries(
+            q.data_ptr(), out.data_ptr(), tables.data_ptr(), batch.context_lens.data_ptr(),
+            batch.query_starts.data_ptr(), tables.shape[0], tables.stride(0), batch.block_size, heads, window or 0,
+            scale,
+        )  # fmt: skip
+        self._functions.spq_attention(self._pool.address, byref(arguments), byref(_cache(kv)))
+        return out
+
+    def add_linear(self, h: Tensor, x: Tensor, weight: Joint) -> Tensor:
+        """See Ops; overwrites `h`."""
+        first, output = weight.firsts[0], weight.outputs[0]
+        last = first if output.up is None else output.up
+        if output.bias is not None or not isinstance(last, PackedMatrix):
+            return h.add_(weight.finish([first.multiply(x)])[0])
+        return last.add_product(h, x if output.up is None else first.multiply(x))
+
+    def mlp_input(self, h: Tensor, norm: Norm, weight: Joint | PackedMatrix) -> Tensor:
+        """See Ops."""
+        if isinstance(weight, PackedMatrix):
+            return weight.gate_up_silu(h, norm)
+        gate, up = self._apply(weight, h, norm)
+        return F.silu(gate).mul_(up)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., n] float32 -> the same shape."""
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+        return (x * scale).mul_(weight)
+
+    def logits(self, x: Tensor, weight: Joint | Table) -> Tensor:
+        """x [T, hidden] -> float32 [T, vocab]."""
+        if isinstance(weight, Table):
+            return weight.matrix.multiply(x)
+        return weight.finish([matrix.multiply(x) for matrix in weight.firsts])[0]
+
+    def _apply(self, weight: Joint, h: Tensor, norm: Norm) -> list[Tensor]:
+        """The projections of norm(h)."""
+        products = [
+            matrix.multiply(h, norm)
+            if isinstance(matrix, PackedMatrix)
+            else matrix.multiply(self.rms_norm(h, norm.weight, norm.eps))
+            for matrix in weight.firsts
+        ]
+        return weight.finish(products)
+
+    def _lay_out(self, leaves: list[Leaf]) -> PackedMatrix | FloatMatrix:
+        quantized = [leaf for leaf in leaves if isinstance(leaf, Int8Weight)]
+        if quantized:
+            return PackedMatrix(quantized, self._pool)
+        self._floats = True
+        floats = [leaf.weight.float() for leaf in leaves if isinstance(leaf, DenseWeight)]
+        return FloatMatrix(floats[0].contiguous() if len(floats) == 1 else torch.cat(floats))
+
+
+def _cache(kv: LayerKv) -> CCache:
+    key_scale = None if kv.key_scale is None else kv.key_scale.data_ptr()
+    value_scale = None if kv.value_scale is None else kv.value_scale.data_ptr()
+    return CCache(
+        kv.key.data_ptr(), kv.value.data_ptr(), key_scale, value_scale, *kv.key.shape[1:], KINDS[kv.key.dtype]
+    )
