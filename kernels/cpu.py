@@ -6,6 +6,7 @@ Not the definition of correct (`reference`), nor matrices (`cpu_linear`), intege
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_engines import machine_choice
 from kernels.cpu_linear import FloatMatrix, Joint, Matrix, WidenedMatrix, join, lay_out
+from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
@@ -125,6 +127,13 @@ class CpuOps:
         """x [..., n] float32 -> the same shape."""
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
         return (x * scale).mul_(weight)
+
+    def run_layers(
+        self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
+        batch: AttentionBatch, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """One after the other."""
+        return run_one_by_one(self, h, layers, cos, sin, cache, batch, scale)
 
     def attention_input(
         self, h: Tensor, norm: Norm, weight: Joint, heads: HeadTransform, kv: LayerKv, slots: Tensor

@@ -8,13 +8,17 @@ Shapes: T tokens of a step over all sequences, S sequences, HQ query heads, HKV 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight
+
+if TYPE_CHECKING:
+    from kernels.layers import Layer
 
 BackendName = Literal["auto", "reference", "cpu", "native", "triton"]
 
@@ -102,6 +106,16 @@ class Ops(Protocol):
 
     def embed(self, token_ids: Tensor, table: Any) -> Tensor:
         """token_ids int64 [T] -> [T, hidden]."""
+        ...
+
+    def run_layers(
+        self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
+        batch: AttentionBatch, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """The residual stream h [T, hidden], which may be overwritten, after all layers: what follows, layer by layer.
+
+        cos, sin float32 [T, D/2] of the tokens' positions; one cache per layer; `scale` of the scores.
+        """
         ...
 
     def attention_input(

@@ -5,12 +5,14 @@ Not fast and not meant to be: tests hold the other back ends to it, in float64 w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
@@ -92,6 +94,13 @@ class ReferenceOps:
         """(rms_norm(x + residual), x + residual)."""
         total = x + residual
         return self.rms_norm(total, weight, eps), total
+
+    def run_layers(
+        self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
+        batch: AttentionBatch, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """One after the other."""
+        return run_one_by_one(self, h, layers, cos, sin, cache, batch, scale)
 
     def attention_input(
         self, h: Tensor, norm: Norm, weight: tuple[LinearWeight, ...], heads: HeadTransform, kv: LayerKv, slots: Tensor

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 the same code runs on CPU tensors, slowly: that is how it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from kernels.gpu.low_rank import Int8Group, grouped_linear, int8_group, is_int8
 from kernels.gpu.norm import add_rms_norm, rms_norm
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.rotary_store import rotary_store
+from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
@@ -163,6 +165,13 @@ class TritonOps:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(rms_norm(x + residual), x + residual); overwrites `residual`."""
         return add_rms_norm(x, residual, weight, eps)
+
+    def run_layers(
+        self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
+        batch: AttentionBatch, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """One after the other."""
+        return run_one_by_one(self, h, layers, cos, sin, cache, batch, scale)
 
     def attention_input(
         self, h: Tensor, norm: Norm, weight: Projections, heads: HeadTransform, kv: LayerKv, slots: Tensor

@@ -12,16 +12,6 @@
 #define ROWS 16 /* query heads x tokens of one task of a prompt: what is widened is used as often */
 
 typedef struct {
-    const float *q; /* [tokens, query_heads, width] */
-    float *out;     /* the same */
-    const int32_t *tables; /* [sequences, table_stride] page numbers */
-    const int32_t *contexts, *starts;
-    int64_t sequences, table_stride, page, query_heads;
-    int64_t window; /* tokens a query sees, itself included; 0 for all */
-    float scale;
-} Queries;
-
-typedef struct {
     int32_t sequence, head, heads, query, queries;
 } Part;
 
@@ -32,44 +22,55 @@ typedef struct {
     const Part *parts;
 } Work;
 
-/* Rows of `heads`' keys or values for tokens begin .. begin + count - 1, as float32. */
+/* Where the keys or values of one head lie for up to TILE tokens, and what kind they are. */
 typedef struct {
-    const float *rows[TILE];
+    const void *rows[TILE];
     float scales[TILE];
+    int64_t kind;
 } Tile;
 
-INLINE int64_t slot_of(const Queries *q, int64_t sequence, int64_t token) {
-    return (int64_t)q->tables[sequence * q->table_stride + token / q->page] * q->page + token % q->page;
+/* Cache slots of tokens begin .. begin + count - 1 of a sequence; entries up to TILE repeat the first: read, not used. */
+static void find_slots(const Queries *q, int64_t sequence, int64_t begin, int64_t count, int64_t *slots) {
+    const int32_t *pages = q->tables + sequence * q->table_stride + begin / q->page;
+    int64_t offset = begin % q->page;
+    for (int64_t t = 0; t < count; t++) {
+        slots[t] = *pages * q->page + offset;
+        if (++offset == q->page) offset = 0, pages++;
+    }
+    for (int64_t t = count; t < TILE; t++) slots[t] = slots[0];
 }
 
-static void load_tile(const Queries *q, const Cache *c, const void *cache, const float *scales, int64_t sequence,
-                      int64_t head, int64_t begin, int64_t count, float *widened, Tile *tile) {
-    for (int64_t t = 0; t < count; t++) {
-        int64_t index = slot_of(q, sequence, begin + t) * c->heads + head;
-        const char *row = (const char *)cache + index * c->width * kind_bytes(c->kind);
+/* Point at one head of the slots, or at copies widened to float32 where `widened` is given. */
+static void load_tile(const Cache *c, const void *cache, const float *scales, int64_t head, const int64_t *slots,
+                      int64_t count, float *widened, Tile *tile) {
+    int64_t bytes = c->width * kind_bytes(c->kind);
+    tile->kind = widened == NULL ? c->kind : FLOAT32;
+    for (int64_t t = 0; t < TILE; t++) {
+        int64_t index = slots[t] * c->heads + head;
+        tile->rows[t] = (const char *)cache + index * bytes;
         tile->scales[t] = c->kind == INT8 ? scales[index] : 1.0f;
-        if (c->kind == FLOAT32) {
-            tile->rows[t] = (const float *)row;
-            continue;
-        }
+    }
+    if (widened == NULL) return;
+    for (int64_t t = 0; t < count; t++) {
         float *out = widened + t * c->width;
-        tile->rows[t] = out;
         switch (c->kind) {
-#define WIDEN(kind) case kind: for (int64_t i = 0; i < c->width; i += 8) _mm256_storeu_ps(out + i, load8(row, i, kind)); break;
+#define WIDEN(k) case k: for (int64_t i = 0; i < c->width; i += 8) _mm256_storeu_ps(out + i, load8(tile->rows[t], i, k)); break;
             WIDEN(BFLOAT16) WIDEN(FLOAT16) WIDEN(INT8)
         }
+        tile->rows[t] = out;
     }
-    for (int64_t t = count; t < TILE; t++) tile->rows[t] = tile->rows[0], tile->scales[t] = 0.0f; /* read, not used */
+    for (int64_t t = count; t < TILE; t++) tile->rows[t] = tile->rows[0];
 }
 
 /* Scores of one query for the tile's tokens, eight at a time. */
-INLINE void score(const float *q, const Tile *tile, int64_t count, int64_t width, float scale, float *out) {
+INLINE void score_kind(const float *q, const Tile *tile, int64_t count, int64_t width, float scale, float *out,
+                       const int kind) {
     for (int64_t t = 0; t < count; t += 8) {
         __m256 s[8];
         for (int j = 0; j < 8; j++) s[j] = _mm256_setzero_ps();
         for (int64_t i = 0; i < width; i += 8) {
             __m256 v = _mm256_loadu_ps(q + i);
-            for (int j = 0; j < 8; j++) s[j] = _mm256_fmadd_ps(v, _mm256_loadu_ps(tile->rows[t + j] + i), s[j]);
+            for (int j = 0; j < 8; j++) s[j] = _mm256_fmadd_ps(v, load8(tile->rows[t + j], i, kind), s[j]);
         }
         __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
         __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
@@ -77,6 +78,20 @@ INLINE void score(const float *q, const Tile *tile, int64_t count, int64_t width
         sums = _mm256_mul_ps(_mm256_mul_ps(sums, _mm256_set1_ps(scale)), _mm256_loadu_ps(tile->scales + t));
         _mm256_storeu_ps(out + t, sums);
     }
+}
+
+#define BY_KIND(kind, call)                    \
+    switch (kind) {                            \
+    case FLOAT32: call(FLOAT32); break;        \
+    case BFLOAT16: call(BFLOAT16); break;      \
+    case FLOAT16: call(FLOAT16); break;        \
+    default: call(INT8); break;                \
+    }
+
+static void score(const float *q, const Tile *tile, int64_t count, int64_t width, float scale, float *out) {
+#define CALL(k) score_kind(q, tile, count, width, scale, out, k)
+    BY_KIND(tile->kind, CALL)
+#undef CALL
 }
 
 /* Turn scores [begin, end) into probabilities, in place; what lies before and after in [0, padded) becomes 0. */
@@ -106,21 +121,27 @@ static void softmax(float *scores, int64_t begin, int64_t end, int64_t padded) {
 
 /* out += probabilities of tokens [begin, end) of the tile x their values; `lanes` vectors of a head at a time. */
 INLINE void weigh_part(const float *probabilities, const Tile *tile, int64_t begin, int64_t end, int64_t offset, float *out,
-                       const int lanes) {
+                       const int lanes, const int kind) {
     __m256 s[8];
     for (int j = 0; j < lanes; j++) s[j] = _mm256_loadu_ps(out + offset + 8 * j);
     for (int64_t t = begin; t < end; t++) {
         __m256 p = _mm256_set1_ps(probabilities[t] * tile->scales[t]);
-        const float *row = tile->rows[t] + offset;
-        for (int j = 0; j < lanes; j++) s[j] = _mm256_fmadd_ps(p, _mm256_loadu_ps(row + 8 * j), s[j]);
+        for (int j = 0; j < lanes; j++) s[j] = _mm256_fmadd_ps(p, load8(tile->rows[t], offset + 8 * j, kind), s[j]);
     }
     for (int j = 0; j < lanes; j++) _mm256_storeu_ps(out + offset + 8 * j, s[j]);
 }
 
-static void weigh(const float *probabilities, const Tile *tile, int64_t begin, int64_t end, int64_t width, float *out) {
+INLINE void weigh_kind(const float *probabilities, const Tile *tile, int64_t begin, int64_t end, int64_t width, float *out,
+                       const int kind) {
     int64_t i = 0;
-    for (; i + 64 <= width; i += 64) weigh_part(probabilities, tile, begin, end, i, out, 8);
-    for (; i < width; i += 8) weigh_part(probabilities, tile, begin, end, i, out, 1);
+    for (; i + 64 <= width; i += 64) weigh_part(probabilities, tile, begin, end, i, out, 8, kind);
+    for (; i < width; i += 8) weigh_part(probabilities, tile, begin, end, i, out, 1, kind);
+}
+
+static void weigh(const float *probabilities, const Tile *tile, int64_t begin, int64_t end, int64_t width, float *out) {
+#define CALL(k) weigh_kind(probabilities, tile, begin, end, width, out, k)
+    BY_KIND(tile->kind, CALL)
+#undef CALL
 }
 
 INLINE int64_t first_visible(const Queries *q, int64_t position) {
@@ -163,13 +184,16 @@ static void attention_task(void *context, int64_t task, int thread) {
     int64_t group = q->query_heads / c->heads, width = c->width, rows = part_rows(q, c, part);
     int64_t position = part_position(q, part), low = part_low(q, part), high = position + part->queries;
     int64_t padded = part_padded(q, part);
-    float *widened = pool_scratch(work->pool, thread, part_bytes(q, c, part));
-    float *scores = widened + TILE * width; /* [heads, rows, padded] */
+    float *memory = pool_scratch(work->pool, thread, part_bytes(q, c, part));
+    float *scores = memory + TILE * width; /* [heads, rows, padded] */
+    float *widened = c->kind == FLOAT32 || rows == 1 ? NULL : memory; /* worth it where more than one row reads it */
+    int64_t slots[TILE];
     Tile tile;
     for (int64_t begin = low; begin < high; begin += TILE) {
         int64_t count = least(TILE, high - begin);
+        find_slots(q, part->sequence, begin, count, slots);
         for (int64_t h = 0; h < part->heads; h++) {
-            load_tile(q, c, c->key, c->key_scale, part->sequence, part->head + h, begin, count, widened, &tile);
+            load_tile(c, c->key, c->key_scale, part->head + h, slots, count, widened, &tile);
             for (int64_t r = 0; r < rows; r++)
                 if (begin <= position + r / group)
                     score(q->q + row_at(q, c, part, h, r), &tile, count, width, q->scale,
@@ -184,8 +208,9 @@ static void attention_task(void *context, int64_t task, int thread) {
         }
     for (int64_t begin = low; begin < high; begin += TILE) {
         int64_t count = least(TILE, high - begin);
+        find_slots(q, part->sequence, begin, count, slots);
         for (int64_t h = 0; h < part->heads; h++) {
-            load_tile(q, c, c->value, c->value_scale, part->sequence, part->head + h, begin, count, widened, &tile);
+            load_tile(c, c->value, c->value_scale, part->head + h, slots, count, widened, &tile);
             for (int64_t r = 0; r < rows; r++) {
                 int64_t at = position + r / group, from = first_visible(q, at) - begin;
                 weigh(scores + (h * rows + r) * padded + begin - low, &tile, from > 0 ? from : 0,

@@ -1,12 +1,13 @@
 """`Ops` on the compiled operations: int8 matrices in C, float ones in torch, activations float32.
 
-Not the portable CPU implementation (`kernels.cpu`), which serves where no extension was built. A layer
-is six calls: what comes before attention (two, more for factor pairs), attention, and three products, with norms, SiLU,
-rotation and the residual sum inside.
+Not the portable CPU implementation (`kernels.cpu`), which serves where no extension was built. Norms,
+SiLU, rotation and the residual sum are inside the operations; a step is one call for all layers where they fit
+(`kernels.native.program`), else some six calls a layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_linear import FloatMatrix, Joint, join
-from kernels.native.library import KINDS, WIDEST_HEAD, CCache, CHeads, CQueries, Pool, machine_choice
+from kernels.layers import Layer, run_one_by_one
+from kernels.native.library import WIDEST_HEAD, CHeads, CQueries, Pool, c_cache, machine_choice
 from kernels.native.matrix import PackedMatrix
+from kernels.native.program import Program, fits
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
@@ -59,6 +62,7 @@ class NativeOps:
         self._functions = choice.library.functions
         self._pool = Pool(choice.library, torch.get_num_threads())
         self._floats = False  # matrices that torch multiplies
+        self._program: Program | None = None  # of the layers and the cache that ran last
 
     def use_threads(self, count: int) -> None:
         """Let `count` threads work, at most as many as torch had when this was made.
@@ -104,6 +108,18 @@ class NativeOps:
             return table.matrix.rows(token_ids)
         return table.matrix.weight.index_select(0, token_ids).float()
 
+    def run_layers(
+        self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
+        batch: AttentionBatch, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """See Ops; one call into C where all layers fit a `Program`."""
+        program = self._program
+        if program is None or program.layers is not layers or program.cache is not cache:
+            if not fits(layers, cache):
+                return run_one_by_one(self, h, layers, cos, sin, cache, batch, scale)
+            program = self._program = Program(layers, cache, self._pool)
+        return program.run(h, cos, sin, batch, scale)
+
     def attention_input(
         self, h: Tensor, norm: Norm, weight: Joint, heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
@@ -122,7 +138,7 @@ class NativeOps:
             0.0 if q_norm is None else q_norm.eps, 0.0 if k_norm is None else k_norm.eps,
             slots.data_ptr(), rotated.data_ptr(),
         )  # fmt: skip
-        self._functions.spq_heads(self._pool.address, byref(arguments), byref(_cache(kv)))
+        self._functions.spq_heads(self._pool.address, byref(arguments), byref(c_cache(kv)))
         return rotated
 
     def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
@@ -137,7 +153,7 @@ class NativeOps:
             batch.query_starts.data_ptr(), tables.shape[0], tables.stride(0), batch.block_size, heads, window or 0,
             scale,
         )  # fmt: skip
-        self._functions.spq_attention(self._pool.address, byref(arguments), byref(_cache(kv)))
+        self._functions.spq_attention(self._pool.address, byref(arguments), byref(c_cache(kv)))
         return out
 
     def add_linear(self, h: Tensor, x: Tensor, weight: Joint) -> Tensor:
@@ -183,11 +199,3 @@ class NativeOps:
         self._floats = True
         floats = [leaf.weight.float() for leaf in leaves if isinstance(leaf, DenseWeight)]
         return FloatMatrix(floats[0].contiguous() if len(floats) == 1 else torch.cat(floats))
-
-
-def _cache(kv: LayerKv) -> CCache:
-    key_scale = None if kv.key_scale is None else kv.key_scale.data_ptr()
-    value_scale = None if kv.value_scale is None else kv.value_scale.data_ptr()
-    return CCache(
-        kv.key.data_ptr(), kv.value.data_ptr(), key_scale, value_scale, *kv.key.shape[1:], KINDS[kv.key.dtype]
-    )

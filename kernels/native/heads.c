@@ -2,17 +2,6 @@
 #include "native.h"
 
 typedef struct {
-    const float *q, *k, *v; /* rows of heads; the strides of rows are in elements */
-    int64_t q_stride, k_stride, v_stride;
-    int64_t rows, query_heads;
-    const float *cos, *sin;       /* [rows, width / 2] */
-    const float *q_norm, *k_norm; /* [width] or NULL */
-    float q_eps, k_eps;
-    const int64_t *slots;
-    float *q_out; /* [rows, query_heads, width] */
-} Heads;
-
-typedef struct {
     const Heads *heads;
     const Cache *cache;
     int64_t rows_per_task;

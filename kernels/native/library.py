@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from kernels.ops import LayerKv
+
 STORE, ADD, GATE_UP = 0, 1, 2  # modes of spq_linear
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of a cache
 BLOCK = 16  # outputs of a block of a packed matrix
@@ -90,6 +92,14 @@ class CQueries(Structure):
     )
 
 
+def c_cache(kv: LayerKv) -> CCache:
+    """One layer's cache for the C side, which must not outlive it."""
+    key_scale = None if kv.key_scale is None else kv.key_scale.data_ptr()
+    value_scale = None if kv.value_scale is None else kv.value_scale.data_ptr()
+    heads, width = kv.key.shape[1:]
+    return CCache(kv.key.data_ptr(), kv.value.data_ptr(), key_scale, value_scale, heads, width, KINDS[kv.key.dtype])
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The functions of one extension, with their types declared."""
@@ -148,6 +158,7 @@ def load(name: str, path: Path) -> Library:
             [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, POINTER(CMatrix), c_void_p, c_int64, c_int],
         ),
         "spq_heads": (None, [c_void_p, POINTER(CHeads), POINTER(CCache)]),
+        "spq_layers": (None, [c_void_p, c_void_p, c_void_p, c_int64, POINTER(CHeads), POINTER(CQueries), c_void_p]),
         "spq_attention": (None, [c_void_p, POINTER(CQueries), POINTER(CCache)]),
     }
     for function, (result, arguments) in declared.items():

@@ -18,16 +18,6 @@
 #define ROWS 192 /* rows quantized at a time: their integers stay in the second-level cache up to 1,300 inputs */
 
 typedef struct {
-    const int8_t *packed;
-    const float *scale; /* one per output, padded to whole blocks */
-    int64_t outputs, inputs;
-    int64_t segment; /* inputs of one integer sum, a multiple of 2 */
-    int64_t levels;  /* largest integer of an activation */
-} Matrix;
-
-enum { STORE = 0, ADD = 1, GATE_UP = 2 };
-
-typedef struct {
     const Matrix *matrix;
     const int16_t *x; /* [rows, stride] */
     const float *step;

@@ -52,10 +52,10 @@ class PackedMatrix:
             self._scale = torch.zeros(_whole(self.outputs))
             torch.cat([part.scale.float() for part in parts], out=self._scale[: self.outputs])
         segment, self.levels = choose_levels([part.qweight for part in parts])
-        self._matrix = CMatrix(
+        self.c_matrix = CMatrix(
             self._packed.data_ptr(), self._scale.data_ptr(), self.outputs, self.inputs, segment, self.levels
         )
-        self._reference = byref(self._matrix)
+        self._reference = byref(self.c_matrix)
 
     @property
     def nbytes(self) -> int:

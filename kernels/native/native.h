@@ -95,4 +95,42 @@ INLINE __m256 load8(const void *row, int64_t i, int64_t kind) {
     }
 }
 
+/* ---- the operations, one file each, and what layers.c hands them ---- */
+
+typedef struct {
+    const int8_t *packed;
+    const float *scale; /* one per output, padded to whole blocks */
+    int64_t outputs, inputs;
+    int64_t segment; /* inputs of one integer sum, a multiple of 2 */
+    int64_t levels;  /* largest integer of an activation */
+} Matrix;
+
+enum { STORE = 0, ADD = 1, GATE_UP = 2 };
+
+typedef struct {
+    const float *q, *k, *v; /* rows of heads; the strides of rows are in elements */
+    int64_t q_stride, k_stride, v_stride;
+    int64_t rows, query_heads;
+    const float *cos, *sin;       /* [rows, width / 2] */
+    const float *q_norm, *k_norm; /* [width] or NULL */
+    float q_eps, k_eps;
+    const int64_t *slots;
+    float *q_out; /* [rows, query_heads, width] */
+} Heads;
+
+typedef struct {
+    const float *q; /* [tokens, query_heads, width] */
+    float *out;     /* the same */
+    const int32_t *tables; /* [sequences, table_stride] page numbers */
+    const int32_t *contexts, *starts;
+    int64_t sequences, table_stride, page, query_heads;
+    int64_t window; /* tokens a query sees, itself included; 0 for all */
+    float scale;
+} Queries;
+
+void spq_linear(Pool *pool, const float *x, int64_t x_stride, int64_t rows, const float *norm, float eps,
+                const Matrix *m, float *y, int64_t y_stride, int mode);
+void spq_heads(Pool *pool, const Heads *heads, const Cache *cache);
+void spq_attention(Pool *pool, const Queries *queries, const Cache *cache);
+
 #endif

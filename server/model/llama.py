@@ -12,23 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm, Ops
+from kernels.layers import Layer
+from kernels.ops import AttentionBatch, LayerKv, Norm, Ops
 from server.model.rope import RotaryTable
 from spq.architecture import ModelSpec
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """One decoder layer; `Any` is what `Ops.prepare_*` returned."""
-
-    input_norm: Norm
-    qkv: Any
-    q_norm: Norm | None
-    k_norm: Norm | None
-    o: Any
-    post_norm: Norm
-    gate_up: Any
-    down: Any
 
 
 @dataclass(slots=True)
@@ -36,7 +23,7 @@ class ModelWeights:
     """All of a model."""
 
     embedding: Any
-    layers: list[LayerWeights]
+    layers: list[Layer]
     norm: Norm
     head: Any  # the embedding's table where tied
 
@@ -59,13 +46,7 @@ class Llama:
         ops = self.ops
         cos, sin = self.rope.cos_sin(positions, lengths)
         h = ops.embed(token_ids, self._weights.embedding)
-        for i, layer in enumerate(self._weights.layers):
-            heads = HeadTransform(cos, sin, layer.q_norm, layer.k_norm)
-            q = ops.attention_input(h, layer.input_norm, layer.qkv, heads, cache[i], batch.slots)
-            attended = ops.attention(q, cache[i], batch, self._scale, self.spec.windows[i])
-            h = ops.add_linear(h, attended, layer.o)
-            h = ops.add_linear(h, ops.mlp_input(h, layer.post_norm, layer.gate_up), layer.down)
-        return h
+        return ops.run_layers(h, self._weights.layers, cos, sin, cache, batch, self._scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] as `forward` returns it -> float32 [R, vocab]."""

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kernels.layers import Layer
 from kernels.ops import Norm, Ops
 from kernels.weights import LinearWeight, LowRankWeight
-from server.model.llama import LayerWeights, Llama, ModelWeights
+from server.model.llama import Llama, ModelWeights
 from server.model.rope import RotaryTable
 from spq.checkpoint import WeightSource
 
@@ -56,7 +57,7 @@ def load_model(
         q, k, v, o = (source.linear(f"{prefix}.self_attn.{name}_proj") for name in "qkvo")
         gate, up, down = (source.linear(f"{prefix}.mlp.{name}_proj") for name in ("gate", "up", "down"))
         layers.append(
-            LayerWeights(
+            Layer(
                 input_norm=norm(f"{prefix}.input_layernorm"),
                 qkv=count(ops.prepare_qkv(q, k, v), q, k, v),
                 q_norm=norm(f"{prefix}.self_attn.q_norm") if spec.qk_norm else None,
@@ -65,6 +66,7 @@ def load_model(
                 post_norm=norm(f"{prefix}.post_attention_layernorm"),
                 gate_up=count(ops.prepare_gate_up(gate, up), gate, up),
                 down=count(ops.prepare_linear(down), down),
+                window=spec.windows[i],
             )
         )
         if progress is not None:

@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
+from kernels.layers import Layer, run_one_by_one
 from kernels.native.backend import NativeOps
+from kernels.native.program import fits
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import ReferenceOps
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
@@ -197,3 +199,56 @@ def test_nan_in_a_sequence_stays_there(ops: NativeOps) -> None:
     got = ops.attention(q, kv, batch, 0.25, None)
     assert got[0].isnan().all()
     assert torch.equal(got[1:], clean[1:])
+
+
+def layer(ops: NativeOps, hidden: int, make: object, *, norms: bool, window: int | None, bias: bool = True) -> Layer:
+    """Four query heads and two key heads of 16, an MLP of 50."""
+
+    def norm(n: int) -> Norm:
+        return Norm(torch.rand(n) + 0.5, 1e-5)
+
+    def plain(rows: int, columns: int) -> LinearWeight:
+        weight: LinearWeight = make(rows, columns)  # type: ignore[operator]
+        if isinstance(weight, LowRankWeight) and isinstance(weight.up, Int8Weight):
+            weight.up.bias = None
+        return weight
+
+    return Layer(
+        norm(hidden), ops.prepare_qkv(int8(64, hidden, bias=bias), plain(32, hidden), make(32, hidden)),  # type: ignore[operator]
+        norm(16) if norms else None, norm(16) if norms else None, ops.prepare_linear(plain(hidden, 64)), norm(hidden),
+        ops.prepare_gate_up(int8(50, hidden), int8(50, hidden)), ops.prepare_linear(plain(hidden, 50)), window,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("hidden", [48, 64])
+def test_layers_in_one_call_are_the_operations_one_by_one(ops: NativeOps, dtype: torch.dtype, hidden: int) -> None:
+    """Bit for bit: the same code in the same order, whatever shares the work areas."""
+    layers = [
+        layer(ops, hidden, int8, norms=False, window=None),
+        layer(ops, hidden, pair, norms=True, window=9),
+        layer(ops, hidden, int8, norms=True, window=None, bias=False),
+    ]
+    batch = ragged([(1, 30), (7, 20), (1, 1)])
+    caches = [full_cache(slots_of(batch), 2, 16, dtype) for _ in layers]
+    assert fits(layers, caches)
+    others = copy.deepcopy(caches)
+    angle = torch.rand(9, 8) * 6
+    h = torch.randn(9, hidden)
+    want = run_one_by_one(ops, h.clone(), layers, angle.cos(), angle.sin(), others, batch, 0.25)
+    got = ops.run_layers(h.clone(), layers, angle.cos(), angle.sin(), caches, batch, 0.25)
+    assert torch.equal(got, want)
+    for mine, theirs in zip(caches, others, strict=True):
+        assert torch.equal(mine.key, theirs.key) and torch.equal(mine.value, theirs.value)
+
+
+def test_what_does_not_fit_one_call_runs_one_by_one(ops: NativeOps) -> None:
+    batch = ragged([(2, 5)])
+    for make in (dense, mixed):
+        layers = [layer(ops, 48, make, norms=False, window=None)]
+        caches = [full_cache(slots_of(batch), 2, 16, torch.float32)]
+        assert not fits(layers, caches)
+        angle = torch.rand(2, 8)
+        arguments = (layers, angle.cos(), angle.sin(), caches, batch, 0.25)
+        h = torch.randn(2, 48)
+        assert torch.equal(ops.run_layers(h.clone(), *arguments), run_one_by_one(ops, h, *arguments))
