@@ -1,6 +1,8 @@
 """The types that live in the engine's loop. Standard library only: no torch, no HTTP.
 
-A `Sequence` is the one mutable thing: the scheduler moves it, the loop appends to it, nobody else writes.
+A `Sequence` is the one mutable thing: the scheduler moves it, the loop appends to it, nobody else writes. What is made
+once per sequence and step is not frozen, though nobody writes to it: frozen, a dataclass of five fields takes four
+times as long to make (1.2 against 0.3 us, Zen 3, Python 3.11), which 256 running sequences feel.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """Part of one sequence to run in a step: its next `num_tokens` pending tokens."""
 
@@ -105,10 +107,24 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens run in this step."""
-        return sum(w.num_tokens for w in self.work)
+        return sum([w.num_tokens for w in self.work])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class StepTimes:
+    """Where the time of one engine step went, in seconds of the host. The runner fills `prepare`, `run`, `sample`.
+
+    A device that runs beside the host is waited for in `sample`, where the tokens come back.
+    """
+
+    schedule: float = 0.0  # choosing the work, and booking what came back
+    prepare: float = 0.0  # the step's tensors
+    run: float = 0.0  # the model
+    sample: float = 0.0  # from logits to tokens on the host
+    publish: float = 0.0  # handing the tokens of the step before to the event loop
+
+
+@dataclass(slots=True)
 class SampledToken:
     """What the runner brings back for one piece of work that samples."""
 
@@ -116,7 +132,7 @@ class SampledToken:
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepOutput:
     """One event of one sequence: a token, or its end without one (deadline, error; max_tokens 0)."""
 

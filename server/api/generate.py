@@ -96,11 +96,11 @@ class _Meter:
         if answer.last_token_s is None:
             metrics.first_token(now - sequence.timings.arrived_s)
         else:
-            metrics.next_token(now - answer.last_token_s)
+            metrics.next_tokens(now - answer.last_token_s, 1)
         answer.last_token_s = now
         answer.num_tokens += 1
         counts.completion += 1
-        metrics.token()
+        metrics.tokens(1)
 
     def close(self) -> None:
         """Record how every answer ended."""

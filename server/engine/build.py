@@ -20,7 +20,7 @@ from server.config import ServerConfig
 from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
-from server.engine.loop import EngineLoop
+from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import MemoryBudgetError, plan_kv, read_memory
 from server.engine.runner import ModelRunner
 from server.model.facts import compression_facts
@@ -47,7 +47,7 @@ def build_engine(
     config: ServerConfig,
     *,
     progress: Progress,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Engine:
     """A loaded engine, not yet started.
 

@@ -14,7 +14,7 @@ import torch
 from harness import Harness
 from models import SMALL, random_model, real_model
 
-from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch
+from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch, StepTimes
 from server.engine.engine import Engine, Generation, GenerationRequest, ModelInfo
 from server.engine.loop import EngineLoop, Runner
 from server.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
@@ -58,12 +58,16 @@ class FakeRunner:
         self.fail_at = fail_at
         self.steps = 0
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def launch(self, batch: ScheduledBatch, times: StepTimes) -> FakeRunner:
+        self.batch = batch
+        return self
+
+    def result(self) -> list[SampledToken]:
         self.steps += 1
         if self.steps == self.fail_at:
             raise RuntimeError("planted fault")
         time.sleep(self.seconds)
-        return [SampledToken(10 + w.sequence.num_output_tokens) for w in batch.work if w.samples]
+        return [SampledToken(10 + w.sequence.num_output_tokens) for w in self.batch.work if w.samples]
 
 
 def small_scheduler(num_blocks: int = 64, max_num_seqs: int = 8) -> Scheduler:
