@@ -89,14 +89,13 @@ def request(name: str, prompt: int = 5, deadline_s: float | None = None, **param
 async def collect(generation: Generation, stop_after: int | None = None) -> list[int]:
     tokens: list[int] = []
     try:
-        async for output in generation:
-            if output.token_id is not None:
-                tokens.append(output.token_id)
+        async for outputs in generation:
+            tokens += [output.token_id for output in outputs if output.token_id is not None]
             if stop_after is not None and len(tokens) >= stop_after:
                 break
     finally:
         generation.abort()
-    return tokens
+    return tokens[:stop_after]
 
 
 async def until_empty(engine: Engine, steps_s: float = 5.0) -> None:
@@ -275,7 +274,25 @@ def test_finish_reasons_reach_the_last_output() -> None:
             length, stop = engine.submit(
                 [request("length", max_tokens=3), request("stop", stop_token_ids=frozenset({12}))]
             )
-            assert [o.finish_reason async for o in length] == [None, None, FinishReason.LENGTH]
-            assert [o.finish_reason async for o in stop] == [None, None, FinishReason.STOP]
+            for generation, reason in ((length, FinishReason.LENGTH), (stop, FinishReason.STOP)):
+                reasons = [output.finish_reason async for outputs in generation for output in outputs]
+                assert reasons == [None, None, reason]
+
+    asyncio.run(serve())
+
+
+def test_tokens_that_nobody_read_yet_come_together_and_before_a_failure() -> None:
+    async def serve() -> None:
+        engine = Engine(EngineLoop(small_scheduler(), FakeRunner(fail_at=4)), info(small_scheduler()), max_queue=9)
+        engine.start(asyncio.get_running_loop())
+        [generation] = engine.submit([request("a")])
+        while engine.stats().alive:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # for the last delivery
+        assert [output.token_id for output in await anext(generation)] == [10, 11, 12]
+        with pytest.raises(EngineError):
+            await anext(generation)
+        with pytest.raises(StopAsyncIteration):
+            await anext(generation)
 
     asyncio.run(serve())
