@@ -98,6 +98,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("block-size", "tokens per KV page", int),
         Option("prefix-caching", "share KV pages of equal prompt beginnings: on or off", _switch),
         Option("admission-reserve", "share (0..1) of the tokens still to come that admission keeps free", float),
+        Option(
+            "speculative-ngram",
+            "tokens guessed ahead, where the last few stood in the text before (0: off); answers stay the same",
+            int,
+        ),
         Option("max-queue", "sequences that may wait; more are refused with 503", int),
     ),
     "HTTP": (

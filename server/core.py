@@ -8,6 +8,7 @@ times as long to make (1.2 against 0.3 us, Zen 3, Python 3.11), which 256 runnin
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 
@@ -91,16 +92,23 @@ class Sequence:
 
 @dataclass(slots=True)
 class Work:
-    """Part of one sequence to run in a step: its next `num_tokens` pending tokens."""
+    """Part of one sequence to run in a step: its next `num_tokens` pending tokens, guesses among them."""
 
     sequence: Sequence
     num_tokens: int
     samples: bool  # this piece reaches the last known token, so a new one is drawn
+    draft_ids: SequenceOf[int] = ()  # guesses of what follows, the last of `num_tokens`; a token is drawn behind each
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to run: pending ones, then guesses."""
+        begin = self.sequence.num_computed_tokens
+        return [*self.sequence.token_ids[begin : begin + self.num_tokens - len(self.draft_ids)], *self.draft_ids]
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step. Decodes (one token each) stand before prefill chunks."""
+    """One step. Decodes of one token each stand before those with guesses, and these before prefill chunks."""
 
     work: tuple[Work, ...]
 
@@ -126,7 +134,7 @@ class StepTimes:
 
 @dataclass(slots=True)
 class SampledToken:
-    """What the runner brings back for one piece of work that samples."""
+    """What the runner brings back for one piece of work that samples, and for each of its guesses."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None

@@ -235,6 +235,9 @@ class LiveCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", "prefix_hits"),
             ("vllm:num_preemptions", "Sequences put back for lack of KV pages.", "num_preemptions"),
+            ("vllm:spec_decode_num_drafts", "Guesses of next tokens.", "num_drafts"),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", "num_draft_tokens"),
+            ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", "num_accepted_tokens"),
         ):
             family = CounterMetricFamily(name, text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), read(field))

@@ -27,6 +27,7 @@ from server.model.facts import compression_facts
 from server.model.llama import Llama
 from server.model.load import load_model
 from server.scheduler.blocks import BlockManager
+from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
 from server.sizes import format_bytes
 from spq.checkpoint import open_model
@@ -113,6 +114,7 @@ def build_engine(
         max_batch_tokens=config.max_batch_tokens,
         max_model_len=plan.max_model_len,
         admission_reserve=config.admission_reserve,
+        drafter=NgramDrafter(config.speculative_ngram) if config.speculative_ngram else None,
     )
     runner = ModelRunner(model, cache, config.block_size)
     loop = EngineLoop(scheduler, runner, on_step=on_step)
@@ -205,7 +207,7 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
     prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
     runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
     sizes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
-    for count in sorted(sizes | {config.max_num_seqs}):
+    for count in sorted(sizes | {config.max_sampled_rows}):
         for context in {1, num_tokens}:
             decodes = [
                 Sequence(f"warm-up-{i}", [0] * context, 1, params, now, None, context - 1, block_table=pages)

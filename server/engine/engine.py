@@ -50,6 +50,9 @@ class EngineStats:
     prefix_hits: int  # tokens
     last_step_s: float  # monotonic time of the loop's last turn
     alive: bool
+    num_drafts: int = 0  # guesses made by speculation, their tokens, and how many of these were right
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,7 @@ class Engine:
         """A reading of the loop; values may be one step old."""
         loop = self._loop
         scheduler = loop.scheduler
+        drafter = scheduler.drafter
         return EngineStats(
             num_running=loop.num_running,
             num_waiting=loop.num_waiting,
@@ -201,6 +205,9 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             last_step_s=loop.last_turn_s,
             alive=loop.alive,
+            num_drafts=0 if drafter is None else drafter.num_drafts,
+            num_draft_tokens=0 if drafter is None else drafter.num_draft_tokens,
+            num_accepted_tokens=0 if drafter is None else drafter.num_accepted_tokens,
         )
 
     async def drain(self, timeout_s: float) -> None:

@@ -31,7 +31,7 @@ class PendingStep(Protocol):
     """A step on its way."""
 
     def result(self) -> list[SampledToken]:
-        """Wait for the step: one token for each piece of work that samples, in order. Called once."""
+        """Wait for the step: a token for each work that samples, then one for each of its guesses. Called once."""
         ...
 
 

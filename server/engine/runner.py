@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,7 +36,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def finish(self, batch: ScheduledBatch, step: inputs.StepInputs, times: StepTimes) -> list[SampledToken]:
-        """One token per sampling work, in order; prompt scores go to `Sequence.prompt_logprobs`."""
+        """One token per sampling work and guess, in order; prompt scores go to `Sequence.prompt_logprobs`."""
         started = time.monotonic()
         model = self._model
         hidden = model.forward(step.token_ids, step.positions, step.lengths, step.attention, self._cache)
@@ -46,7 +46,7 @@ class ModelRunner:
         times.run = time.monotonic() - started
         if logits is None:
             return []
-        tokens = sampler.sample(logits, [w.sequence for w in batch.work if w.samples])
+        tokens = sampler.sample(logits, drawing_sequences(batch))
         times.sample = time.monotonic() - started - times.run
         return tokens
 
@@ -59,6 +59,22 @@ class ModelRunner:
             targets = sequence.token_ids[first : first + len(chunk)]
             tops = [sequence.params.prompt_logprobs or 0] * len(chunk)
             sequence.prompt_logprobs += sampler.token_logprobs(log_probs, targets, tops)
+
+
+def drawing_sequences(batch: ScheduledBatch) -> list[Sequence]:
+    """The sequence behind each row of logits; behind a guess, what it is if that one and those before it are right.
+
+    So each token is drawn with the penalties, limits and random number that it has without guesses, and where a guess
+    was wrong, what was drawn behind it is dropped: the answer is the same, token by token, greedy or sampled.
+    """
+    sequences: list[Sequence] = []
+    for work in batch.work:
+        if work.samples:
+            sequences.append(work.sequence)
+        for count in range(1, len(work.draft_ids) + 1):
+            known = [*work.sequence.token_ids, *work.draft_ids[:count]]
+            sequences.append(replace(work.sequence, token_ids=known))
+    return sequences
 
 
 @dataclass(slots=True)

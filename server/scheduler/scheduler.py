@@ -1,4 +1,4 @@
-"""Which tokens run in the next step: every decode, then prefill chunks, under one token budget.
+"""Which tokens run in the next step: every decode, then prefill chunks, then guesses, under one token budget.
 
 Plain Python over `Sequence`: no tensors, no clock of its own, no thread. Called by one thread only.
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceOf
 
 from server.core import FinishReason, SampledToken, ScheduledBatch, Sequence, StepOutput, Work
 from server.scheduler.blocks import BlockManager
+from server.scheduler.ngram import NgramDrafter
 
 SPEED_MEMORY = 0.05  # weight of the newest finished sequence in the running mean of service times
 MAX_BYPASS = 8  # times the head of the queue may be overtaken; also how far the queue is searched
@@ -31,6 +32,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         admission_reserve: float,
+        drafter: NgramDrafter | None = None,
     ) -> None:
         if max_batch_tokens <= max_num_seqs:
             raise ValueError(f"max_batch_tokens {max_batch_tokens} must exceed max_num_seqs {max_num_seqs}")
@@ -39,6 +41,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
         self.admission_reserve = admission_reserve
+        self.drafter = drafter
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
@@ -69,6 +72,8 @@ class Scheduler:
         else:
             self._leave_queue(sequence)
         self.blocks.release(sequence)
+        if self.drafter is not None:
+            self.drafter.forget(sequence)
         self._stuck = False
         sequence.finish_reason = reason
 
@@ -88,16 +93,23 @@ class Scheduler:
                 budget -= self._add_chunk(chunks, admitted, budget)
                 if not budget:
                     break
+        if self.drafter is not None and budget:
+            places = max(self.max_num_seqs, 1 + self.drafter.max_tokens) - len(decodes) - len(chunks)
+            decodes = self._add_drafts(self.drafter, decodes, min(budget, places))
         work = (*decodes, *chunks)
         return ScheduledBatch(work) if work else None
 
     def commit(self, batch: ScheduledBatch, sampled: SequenceOf[SampledToken], now_s: float) -> list[StepOutput]:
-        """Book what a step computed. `sampled` follows the batch's sampling work in order."""
+        """Book what a step computed. `sampled` follows the batch's sampling work and its guesses in order."""
         outputs: list[StepOutput] = []
         drawn = iter(sampled)
         page = self.blocks.block_size
         for work in batch.work:
             sequence = work.sequence
+            if work.draft_ids:
+                rows = [next(drawn) for _ in range(work.num_tokens)]
+                outputs += self._commit_drafts(sequence, work.draft_ids, rows, now_s)
+                continue
             sequence.num_computed_tokens = computed = sequence.num_computed_tokens + work.num_tokens
             if computed % page < work.num_tokens:  # a page became full
                 self.blocks.commit(sequence)
@@ -107,17 +119,33 @@ class Scheduler:
                     outputs.append(StepOutput(sequence.request_id, None, None, FinishReason.LENGTH))
                 continue
             token = next(drawn)
-            token_id, params, reason = token.token_id, sequence.params, None
-            sequence.token_ids.append(token_id)
+            sequence.token_ids.append(token.token_id)
             if sequence.timings.first_token_s is None:
                 sequence.timings.first_token_s = now_s
-            if token_id in params.eos_token_ids or token_id in params.stop_token_ids:
-                reason = FinishReason.STOP
-            elif computed + 1 >= self.max_model_len or computed + 1 - sequence.num_prompt_tokens >= params.max_tokens:
-                reason = FinishReason.LENGTH
+            reason = self._finish_reason(sequence, token.token_id, computed + 1)
             if reason is not None:
                 self._finish(sequence, reason, now_s)
-            outputs.append(StepOutput(sequence.request_id, token_id, token.logprobs, reason))
+            outputs.append(StepOutput(sequence.request_id, token.token_id, token.logprobs, reason))
+        return outputs
+
+    def _commit_drafts(
+        self, sequence: Sequence, draft_ids: SequenceOf[int], rows: list[SampledToken], now_s: float
+    ) -> list[StepOutput]:
+        """Book what was drawn, up to the first guess that was wrong. A right one is computed: its place is filled."""
+        outputs: list[StepOutput] = []
+        reason = None
+        for token, guess in zip(rows, (*draft_ids, None), strict=True):
+            sequence.num_computed_tokens += 1
+            sequence.token_ids.append(token.token_id)
+            reason = self._finish_reason(sequence, token.token_id, len(sequence.token_ids))
+            outputs.append(StepOutput(sequence.request_id, token.token_id, token.logprobs, reason))
+            if reason is not None or token.token_id != guess:
+                break
+        self.blocks.commit(sequence)
+        if self.drafter is not None:
+            self.drafter.note(sequence, len(draft_ids), len(outputs) - 1)
+        if reason is not None:
+            self._finish(sequence, reason, now_s)
         return outputs
 
     def check(self) -> None:
@@ -151,6 +179,23 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
+
+    def _add_drafts(self, drafter: NgramDrafter, decodes: list[Work], num_places: int) -> list[Work]:
+        """Decodes with guesses behind them, where there are any, and rows and free pages for them."""
+        plain: list[Work] = []
+        guessing: list[Work] = []
+        for work in decodes:
+            sequence = work.sequence
+            length = len(sequence.token_ids)
+            end = min(sequence.num_prompt_tokens + sequence.params.max_tokens, self.max_model_len)
+            room = min(num_places, end - length - 1)
+            guess = drafter.draft(sequence, room) if room > 0 else []
+            if guess and self.blocks.grow(sequence, length + len(guess)):
+                num_places -= len(guess)
+                guessing.append(Work(sequence, 1 + len(guess), True, guess))
+            else:
+                plain.append(work)
+        return plain + guessing
 
     def _add_chunk(self, chunks: list[Work], sequence: Sequence, budget: int) -> int:
         num_tokens = min(sequence.num_pending_tokens, budget)
@@ -223,6 +268,15 @@ class Scheduler:
             return
         self.waiting.remove(sequence)
         self._bypassed += overtaking
+
+    def _finish_reason(self, sequence: Sequence, token_id: int, length: int) -> FinishReason | None:
+        """Why a sequence of `length` tokens ends with its newest, if it does."""
+        params = sequence.params
+        if token_id in params.eos_token_ids or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        if length >= self.max_model_len or length - sequence.num_prompt_tokens >= params.max_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now_s: float) -> None:
         timings = sequence.timings

@@ -32,7 +32,7 @@ HISTOGRAMS = {f"vllm:{name}" for name in (
 def bound(**changes: Any) -> Metrics:
     metrics = Metrics("tiny")
     stats = SimpleNamespace(num_running=3, num_waiting=2, kv_usage=0.5, num_preemptions=7, prefix_queries=100,
-                            prefix_hits=40)  # fmt: skip
+                            prefix_hits=40, num_drafts=5, num_draft_tokens=20, num_accepted_tokens=12)  # fmt: skip
     info = SimpleNamespace(
         block_size=16, num_blocks=10, kv_dtype="int8", kv_tokens=160, max_model_len=80,
         ledger={"weights": 1000, "kv": 500}, compression={"ratio_to_fp16": 2.5, "mean_rank_kept": 0.4, "preset": "x"},
@@ -72,6 +72,9 @@ def test_live_values_are_read_at_scrape_time() -> None:
     assert value(metrics, "vllm:kv_cache_usage_perc") == value(metrics, "vllm:gpu_cache_usage_perc") == 0.5
     assert value(metrics, "vllm:num_preemptions_total") == 7
     assert value(metrics, "vllm:prefix_cache_queries_total") == 100
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 5
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 20
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 12
     assert value(metrics, "vllm:prefix_cache_hits_total") == 40
     assert value(metrics, "spq:memory_bytes", kind="weights") == 1000
     assert value(metrics, "spq:compression_ratio") == 2.5
