@@ -14,7 +14,7 @@ import torch
 from harness import Harness
 from models import SMALL, random_model, real_model
 
-from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch, StepTimes
+from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch, Sequence, StepTimes, Timings
 from server.engine.engine import Engine, Generation, GenerationRequest, ModelInfo
 from server.engine.loop import EngineLoop, Runner
 from server.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
@@ -160,6 +160,30 @@ def test_sampled_answers_with_a_seed_do_not_depend_on_company(tmp_path: Path) ->
     for prompt, sequence in zip(prompts, together, strict=True):
         [alone] = harness.run([harness.sequence(prompt, temperature=0.9, top_p=0.9, seed=11)])
         assert alone.token_ids == sequence.token_ids
+
+
+def test_tokens_of_a_step_are_published_between_launch_and_result_of_the_next() -> None:
+    happened: list[str] = []
+
+    class Watched(FakeRunner):
+        def launch(self, batch: ScheduledBatch, times: StepTimes) -> FakeRunner:
+            happened.append("launch")
+            return super().launch(batch, times)
+
+        def result(self) -> list[SampledToken]:
+            happened.append("result")
+            return super().result()
+
+    loop = EngineLoop(small_scheduler(), Watched())
+    sequence = Sequence("a", [3, 4], 2, SamplingParams(max_tokens=3), Timings(0.0))
+    loop.add(sequence)
+    loop.start(lambda outputs: happened.append(f"publish {[o.token_id for o in outputs]}"))
+    end = time.monotonic() + 5
+    while len(happened) < 9 and time.monotonic() < end:
+        time.sleep(0.01)
+    loop.stop()
+    assert happened == ["launch", "result", "launch", "publish [10]", "result", "launch", "publish [11]", "result",
+                        "publish [12]"]  # fmt: skip
 
 
 def test_an_abort_frees_its_pages_within_one_step() -> None:
