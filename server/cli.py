@@ -102,6 +102,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("block-size", "tokens per KV page", int),
         Option("prefix-caching", "share KV pages of equal prompt beginnings: on or off", _switch),
         Option("admission-reserve", "share (0..1) of the tokens still to come that admission keeps free", float),
+        Option(
+            "speculative-ngram",
+            "tokens guessed ahead, where the last few stood in the text before (0: off); answers stay the same",
+            int,
+        ),
         Option("max-queue", "sequences that may wait; more are refused with 503", int),
     ),
     "HTTP": (
@@ -181,23 +186,26 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
+def make_server(service: Service) -> DrainingServer:
+    """The web server as it is run here, for `service`; not started."""
+    config = uvicorn.Config(
+        create_app(service),
+        host=service.config.host,
+        port=service.config.port,
+        log_config=None,
+        access_log=False,  # server.app writes one line a request, with its id
+        timeout_graceful_shutdown=CONNECTIONS_END_S,
+        server_header=False,
+    )
+    return DrainingServer(config, service)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     service = Service(config)
-    server = DrainingServer(
-        uvicorn.Config(
-            create_app(service),
-            host=config.host,
-            port=config.port,
-            log_config=None,
-            access_log=False,  # server.app writes one line a request, with its id
-            timeout_graceful_shutdown=CONNECTIONS_END_S,
-            server_header=False,
-        ),
-        service,
-    )
+    server = make_server(service)
     server.run()
     if service.is_starting:  # inside a long matrix operation; the interpreter cannot end while torch's threads run
         os._exit(int(server.failed))

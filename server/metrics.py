@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.core import SamplingParams, Sequence
+from server.core import SamplingParams, Sequence, StepTimes
+from server.tally import Tally
 
 if TYPE_CHECKING:
     from server.engine.engine import EngineStats, ModelInfo
@@ -34,6 +35,8 @@ LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0,
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 COUNT_BUCKETS = (1, 2, 5, 10, 20)
+PHASE_BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+PHASES = tuple(StepTimes.__slots__)  # schedule, prepare, run, sample, publish
 HTTP_LABELS = ("handler", "method", "status")
 
 
@@ -44,10 +47,9 @@ class TokenRate:
         self._clock = clock
         self._seconds: deque[tuple[int, int]] = deque(maxlen=RATE_WINDOW_S + 1)  # (second, tokens)
 
-    def add(self) -> None:
-        """Count one token now."""
+    def add(self, count: int = 1) -> None:
+        """Count tokens handed out now."""
         second = int(self._clock())
-        count = 1
         if self._seconds and self._seconds[-1][0] == second:
             count += self._seconds.pop()[1]
         self._seconds.append((second, count))
@@ -76,7 +78,9 @@ class Metrics:
         self._rejections = Counter("vllm:admission_rejections", "Requests refused with 503, by reason.",
                                    ("model_name", "reason"), registry=self.registry)  # fmt: skip
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
-        self._itl = histogram("inter_token_latency_seconds", "Time between two tokens of a sequence.", ITL_BUCKETS)
+        self._itl = self._tally(
+            "vllm:inter_token_latency_seconds", "Time between two tokens of a sequence.", ITL_BUCKETS
+        )
         self._tpot = histogram("request_time_per_output_token_seconds", "Mean time per token after the first.",
                                ITL_BUCKETS)  # fmt: skip
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", LATENCY_BUCKETS)
@@ -91,9 +95,10 @@ class Metrics:
                                          "Longest of the sequences of a prompt.", TOKEN_BUCKETS)  # fmt: skip
         self._params_n = histogram("request_params_n", "The parameter n.", COUNT_BUCKETS)
         self._params_max_tokens = histogram("request_params_max_tokens", "Tokens allowed.", TOKEN_BUCKETS)
-        self._iteration = histogram("iteration_tokens_total", "Tokens run in one engine step.", STEP_BUCKETS)
-        self._step_s = Histogram("spq:step_seconds", "Duration of one engine step.", tuple(self._labels),
-                                 registry=self.registry, buckets=ITL_BUCKETS).labels(**self._labels)  # fmt: skip
+        self._iteration = self._tally("vllm:iteration_tokens_total", "Tokens run in one engine step.", STEP_BUCKETS)
+        self._step_s = self._tally("spq:step_seconds", "Duration of one engine step.", ITL_BUCKETS)
+        self._phase_s = self._tally("spq:step_phase_seconds", "Time of one engine step by phase, on the host.",
+                                    PHASE_BUCKETS, split="phase", parts=PHASES)  # fmt: skip
         self._http = Counter("http_requests", "Requests by route.", HTTP_LABELS, registry=self.registry)
         self._http_s = Histogram("http_request_duration_seconds", "Time until the last byte.", ("handler", "method"),
                                  registry=self.registry, buckets=LATENCY_BUCKETS)  # fmt: skip
@@ -114,10 +119,12 @@ class Metrics:
         """The text exposition format."""
         return generate_latest(self.registry)
 
-    def step(self, num_tokens: int, seconds: float) -> None:
+    def step(self, num_tokens: int, seconds: float, times: StepTimes) -> None:
         """One engine step; called on the engine's thread."""
         self._iteration.observe(num_tokens)
         self._step_s.observe(seconds)
+        for part, phase in enumerate(PHASES):
+            self._phase_s.observe(getattr(times, phase), part=part)
 
     def prompt(self, num_tokens: int, num_cached: int) -> None:
         """A prompt whose first output was handed out."""
@@ -128,14 +135,14 @@ class Metrics:
         """A sequence's first token, counted from its arrival."""
         self._ttft.observe(seconds)
 
-    def next_token(self, seconds: float) -> None:
-        """A later token, counted from the one before."""
-        self._itl.observe(seconds)
+    def next_tokens(self, seconds: float, count: int) -> None:
+        """`count` later tokens that came together, `seconds` after the one before them: each took its share."""
+        self._itl.observe(seconds / count, count)
 
-    def token(self) -> None:
-        """A token handed out: exactly those that `usage.completion_tokens` counts."""
-        self._generation_tokens.inc()
-        self._rate.add()
+    def tokens(self, count: int) -> None:
+        """Tokens handed out: exactly those that `usage.completion_tokens` counts."""
+        self._generation_tokens.inc(count)
+        self._rate.add(count)
 
     def sequence_ended(self, sequence: Sequence, *, num_tokens: int, reason: str, last_token_s: float | None) -> None:
         """A sequence ended for one of FINISHED_REASONS after `num_tokens`; `last_token_s` is monotonic."""
@@ -179,6 +186,19 @@ class Metrics:
         histogram = Histogram(f"vllm:{name}", text, tuple(self._labels), registry=self.registry, buckets=buckets)
         return histogram.labels(**self._labels)
 
+    def _tally(
+        self,
+        name: str,
+        text: str,
+        buckets: tuple[float, ...],
+        *,
+        split: str | None = None,
+        parts: tuple[str, ...] = ("",),
+    ) -> Tally:
+        tally = Tally(name, text, self._labels, buckets, split=split, parts=parts)
+        self.registry.register(tally)
+        return tally
+
 
 class LiveCollector(Collector):
     """Reads the engine, the service's status and the model's facts once per scrape."""
@@ -215,6 +235,9 @@ class LiveCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", "prefix_hits"),
             ("vllm:num_preemptions", "Sequences put back for lack of KV pages.", "num_preemptions"),
+            ("vllm:spec_decode_num_drafts", "Guesses of next tokens.", "num_drafts"),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", "num_draft_tokens"),
+            ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", "num_accepted_tokens"),
         ):
             family = CounterMetricFamily(name, text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), read(field))

@@ -5,11 +5,10 @@ Not the state of start-up (`server.service` keeps it): this only calls the steps
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from server.config import ServerConfig
 from server.engine.build import build_engine, pick_device
 from server.engine.engine import Engine
+from server.engine.loop import OnStep
 from server.engine.memory import MemoryBudgetError
 from server.model.resolve import prepare_folder
 from server.service import Report, StartUpError
@@ -17,9 +16,7 @@ from server.tokenizer import Tokenizer
 from spq.errors import SpqError
 
 
-def start_up(
-    config: ServerConfig, report: Report, *, on_step: Callable[[int, float], None]
-) -> tuple[Engine, Tokenizer]:
+def start_up(config: ServerConfig, report: Report, *, on_step: OnStep) -> tuple[Engine, Tokenizer]:
     """Find, compress if needed, load. The engine is not started.
 
     Raises StartUpError for what the operator can mend; anything else is a defect and keeps its traceback.

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.tokenizer": ("server.core", "server.errors", "server.detokenizer"),
     "server.model": (*LEAVES, "spq", "kernels"),
     "server.engine": (*LEAVES, "server.scheduler", "server.model", "spq", "kernels"),
-    "server.metrics": (*LEAVES, "server.engine", "server.service"),  # the latter two for their types
+    "server.tally": (),
+    "server.metrics": (*LEAVES, "server.tally", "server.engine", "server.service"),  # the latter two for their types
     "server.api": (*LEAVES, "server.engine", "server.service", "server.metrics", "server.tokenizer",
                    "server.detokenizer"),
     "server": ("server", "spq", "kernels"),  # service, app, cli: the top

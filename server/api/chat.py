@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from server.api.answer import Delta, Plan, Prompt
 from server.api.body import JSONRoute
+from server.api.chunks import TextChunks
 from server.api.deps import (
     ERRORS,
     ServiceDep,
@@ -37,7 +38,7 @@ from server.api.responses import (
     Usage,
 )
 from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
-from server.api.sse import DONE, EventStream, until_disconnect
+from server.api.sse import DONE, EventStream, event, until_disconnect
 from server.engine.engine import Engine
 from server.tokenizer import Tokenizer
 
@@ -135,8 +136,9 @@ class _Call:
         """The whole answer."""
         wholes = [Delta(i) for i in range(self._plan.n)]
         async with aclosing(self._deltas) as deltas:
-            async for delta in deltas:
-                wholes[delta.index].extend(delta)
+            async for batch in deltas:
+                for delta in batch:
+                    wholes[delta.index].extend(delta)
         return ChatCompletion(
             id=self._plan.response_id,
             object="chat.completion",
@@ -152,18 +154,28 @@ class _Call:
         with_usage = options is not None and bool(options.include_usage)
         extra: dict[str, Usage | None] = {"usage": None} if with_usage else {}
         introduced: set[int] = set()
+
+        def chunk(part: Delta) -> bytes:
+            piece = ChatDelta() if part.finish_reason is not None else ChatDelta(content=part.text)
+            return self._chunk([self._choice(part, piece)], **extra)
+
+        texts = TextChunks(lambda index, text: chunk(Delta(index, text)))
+
+        def events(delta: Delta) -> bytes:
+            start = b""
+            if delta.index not in introduced:
+                introduced.add(delta.index)
+                role = ChatDelta(role="assistant", content="")
+                start = event(self._chunk([self._choice(Delta(delta.index), role)], **extra))
+            if delta.finish_reason is None and not delta.entries:
+                return start + texts.event(delta.index, delta.text)
+            return start + b"".join(event(chunk(part)) for part in delta.split())
+
         async with aclosing(self._deltas) as deltas:
-            async for delta in deltas:
-                if delta.index not in introduced:
-                    introduced.add(delta.index)
-                    role = ChatDelta(role="assistant", content="")
-                    yield self._chunk([self._choice(Delta(delta.index), role)], **extra)
-                for part in delta.split():
-                    piece = ChatDelta() if part.finish_reason is not None else ChatDelta(content=part.text)
-                    yield self._chunk([self._choice(part, piece)], **extra)
-        if with_usage:
-            yield self._chunk([], usage=usage_of(self._counts))
-        yield DONE
+            async for batch in deltas:
+                yield b"".join(map(events, batch))
+        usage = event(self._chunk([], usage=usage_of(self._counts))) if with_usage else b""
+        yield usage + DONE
 
     def _chunk(self, choices: list[ChatChunkChoice], **usage: Usage | None) -> bytes:
         chunk = ChatCompletionChunk(

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from server.api.answer import Delta, Plan, Prompt
 from server.api.body import JSONRoute
+from server.api.chunks import TextChunks
 from server.api.deps import (
     ERRORS,
     ServiceDep,
@@ -28,7 +29,7 @@ from server.api.logprobs import completion_logprobs
 from server.api.protocol import CompletionRequest
 from server.api.responses import Completion, CompletionChoice, Usage
 from server.api.sampling import DEFAULT_COMPLETION_TOKENS, build_params, check_prompt, first_given, resolve_max_tokens
-from server.api.sse import DONE, EventStream, until_disconnect
+from server.api.sse import DONE, EventStream, event, until_disconnect
 from server.engine.engine import Engine
 from server.tokenizer import Tokenizer
 
@@ -105,8 +106,9 @@ class _Call:
         """The whole answer."""
         wholes = [Delta(i) for i in range(len(self._plan.prompts) * self._plan.n)]
         async with aclosing(self._deltas) as deltas:
-            async for delta in deltas:
-                wholes[delta.index].extend(delta)
+            async for batch in deltas:
+                for delta in batch:
+                    wholes[delta.index].extend(delta)
         return self._wrap([self._choice(whole) for whole in wholes], usage=usage_of(self._counts))
 
     async def stream(self) -> AsyncGenerator[bytes]:
@@ -114,13 +116,18 @@ class _Call:
         options = self._body.stream_options
         with_usage = options is not None and bool(options.include_usage)
         extra: dict[str, Usage | None] = {"usage": None} if with_usage else {}
+        texts = TextChunks(lambda index, text: self._wrap([self._choice(Delta(index, text))], **extra).to_json())
+
+        def events(delta: Delta) -> bytes:
+            if delta.finish_reason is None and not delta.entries:
+                return texts.event(delta.index, delta.text)
+            return b"".join(event(self._wrap([self._choice(part)], **extra).to_json()) for part in delta.split())
+
         async with aclosing(self._deltas) as deltas:
-            async for delta in deltas:
-                for chunk in delta.split():
-                    yield self._wrap([self._choice(chunk)], **extra).to_json()
-        if with_usage:
-            yield self._wrap([], usage=usage_of(self._counts)).to_json()
-        yield DONE
+            async for batch in deltas:
+                yield b"".join(map(events, batch))
+        usage = event(self._wrap([], usage=usage_of(self._counts)).to_json()) if with_usage else b""
+        yield usage + DONE
 
     def _wrap(self, choices: list[CompletionChoice], **usage: Usage | None) -> Completion:
         return Completion(

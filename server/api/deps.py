@@ -22,7 +22,7 @@ else:
     Service = Any  # FastAPI evaluates annotations; the service itself would import torch here
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async, or FastAPI would call it in a thread
     service: Service = request.app.state.service
     return service
 

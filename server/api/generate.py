@@ -33,8 +33,8 @@ class TokenCounts:
 
 async def generate(
     plan: Plan, engine: Engine, tokenizer: Tokenizer, metrics: Metrics, counts: TokenCounts
-) -> AsyncGenerator[Delta]:
-    """Submit on first use and yield deltas, answers interleaved; `counts` grows along.
+) -> AsyncGenerator[list[Delta]]:
+    """Submit on first use and yield the deltas that are there, answers interleaved; `counts` grows along.
 
     Raises what `Engine.submit` raises before the first delta, EngineError and DeadlineExceeded at any time. Close the
     iterator (aclosing) however the iteration ends.
@@ -55,13 +55,12 @@ async def generate(
         raise
     outputs = _merge(answers)
     try:
-        async for answer, output in outputs:
-            meter.count(answer, output)
-            delta = answer.feed(output)
+        async for answer, events in outputs:
+            deltas = meter.feed(answer, events)
             if answer.ended is not None:
                 answer.generation.abort()
-            if delta.text or delta.finish_reason is not None:
-                yield delta
+            if deltas:
+                yield deltas
     except Exception:
         meter.failed = True
         raise
@@ -72,7 +71,7 @@ async def generate(
 
 
 class _Meter:
-    """Counts every event once, for `usage` and the metrics alike."""
+    """Feeds the answers, and counts every event they took once, for `usage` and the metrics alike."""
 
     def __init__(self, plan: Plan, answers: list[Answer], metrics: Metrics, counts: TokenCounts) -> None:
         self.failed = False
@@ -82,25 +81,43 @@ class _Meter:
         self._counts = counts
         self._seen: set[int] = set()  # prompts whose first output came, by index
 
-    def count(self, answer: Answer, output: StepOutput) -> None:
-        """One event of a live answer."""
+    def feed(self, answer: Answer, outputs: list[StepOutput]) -> list[Delta]:
+        """The visible deltas of a live answer's next events. Those after its end (a stop string) count for nothing."""
+        deltas: list[Delta] = []
+        num_tokens = 0
+        try:
+            for output in outputs:
+                num_tokens += output.token_id is not None
+                delta = answer.feed(output)
+                if delta.text or delta.finish_reason is not None:
+                    deltas.append(delta)
+                if answer.ended is not None:
+                    break
+        finally:
+            self._count(answer, num_tokens)
+        return deltas
+
+    def _count(self, answer: Answer, num_tokens: int) -> None:
         sequence, metrics, counts = answer.generation.sequence, self._metrics, self._counts
         if answer.prompt_index not in self._seen:
             self._seen.add(answer.prompt_index)
             counts.prompt += sequence.num_prompt_tokens
             counts.cached += sequence.num_cached_tokens
             metrics.prompt(sequence.num_prompt_tokens, sequence.num_cached_tokens)
-        if output.token_id is None:
+        if not num_tokens:
             return
         now = time.monotonic()
+        num_later = num_tokens
         if answer.last_token_s is None:
             metrics.first_token(now - sequence.timings.arrived_s)
-        else:
-            metrics.next_token(now - answer.last_token_s)
+            answer.last_token_s = now
+            num_later -= 1
+        if num_later:
+            metrics.next_tokens(now - answer.last_token_s, num_later)
         answer.last_token_s = now
-        answer.num_tokens += 1
-        counts.completion += 1
-        metrics.token()
+        answer.num_tokens += num_tokens
+        counts.completion += num_tokens
+        metrics.tokens(num_tokens)
 
     def close(self) -> None:
         """Record how every answer ended."""
@@ -118,20 +135,20 @@ class _Meter:
             self._metrics.prompt_ended(prompt.params, n=n, max_num_tokens=longest)
 
 
-async def _merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, StepOutput]]:
+async def _merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, list[StepOutput]]]:
     """The outputs of all answers as they come. An answer that has `ended` yields no more."""
     if len(answers) == 1:
-        async for output in answers[0].generation:
-            yield answers[0], output
+        async for outputs in answers[0].generation:
+            yield answers[0], outputs
             if answers[0].ended is not None:
                 return
         raise EngineError(UNFINISHED)
-    queue: asyncio.Queue[tuple[Answer, StepOutput | Exception]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[Answer, list[StepOutput] | Exception]] = asyncio.Queue()
 
     async def pump(answer: Answer) -> None:
         try:
-            async for output in answer.generation:
-                queue.put_nowait((answer, output))
+            async for outputs in answer.generation:
+                queue.put_nowait((answer, outputs))
             raise EngineError(UNFINISHED)  # not read where the answer has ended
         except Exception as error:
             queue.put_nowait((answer, error))

@@ -22,11 +22,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DONE = b"[DONE]"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: bytes) -> bytes:
+    """One event. The payload has no line breaks, as JSON without indentation has none."""
+    return b"data: " + payload + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends each item of `events` as one `data:` event. The generator is closed however the stream ends."""
+    """Sends each item of `events`, one whole event or several. The generator is closed however the stream ends."""
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
         self.status_code = 200
@@ -47,22 +52,22 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         try:
             async with aclosing(self._events) as events:
-                async for event in events:
-                    await self._send(send, event)
+                async for piece in events:
+                    await self._send(send, piece)
         except Exception as error:
             if not self._started:
                 raise
             if not isinstance(error, ServeError):
                 logger.exception("a stream failed")
                 error = ServeError("internal error; the stream cannot go on")
-            await self._send(send, error_body(error))
+            await self._send(send, event(error_body(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, event: bytes) -> None:
+    async def _send(self, send: Send, piece: bytes) -> None:
         if not self._started:
             self._started = True
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

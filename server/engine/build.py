@@ -20,13 +20,14 @@ from server.config import ServerConfig
 from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
-from server.engine.loop import EngineLoop
+from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import MemoryBudgetError, plan_kv, read_memory
 from server.engine.runner import ModelRunner
 from server.model.facts import compression_facts
 from server.model.llama import Llama
 from server.model.load import load_model
 from server.scheduler.blocks import BlockManager
+from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
 from server.sizes import format_bytes
 from spq.checkpoint import open_model
@@ -47,7 +48,7 @@ def build_engine(
     config: ServerConfig,
     *,
     progress: Progress,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Engine:
     """A loaded engine, not yet started.
 
@@ -115,6 +116,7 @@ def build_engine(
         max_batch_tokens=config.max_batch_tokens,
         max_model_len=plan.max_model_len,
         admission_reserve=config.admission_reserve,
+        drafter=NgramDrafter(config.speculative_ngram) if config.speculative_ngram else None,
     )
     runner = ModelRunner(model, cache, config.block_size)
     loop = EngineLoop(scheduler, runner, on_step=on_step)
@@ -207,7 +209,7 @@ def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch
     prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
     runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
     sizes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
-    for count in sorted(sizes | {config.max_num_seqs}):
+    for count in sorted(sizes | {config.max_sampled_rows}):
         for context in {1, num_tokens}:
             decodes = [
                 Sequence(f"warm-up-{i}", [0] * context, 1, params, now, None, context - 1, block_table=pages)

@@ -50,6 +50,9 @@ class EngineStats:
     prefix_hits: int  # tokens
     last_step_s: float  # monotonic time of the loop's last turn
     alive: bool
+    num_drafts: int = 0  # guesses made by speculation, their tokens, and how many of these were right
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +65,42 @@ class GenerationRequest:
     deadline_s: float | None = None  # monotonic seconds
 
 
-class Generation(AsyncIterator[StepOutput]):
-    """The tokens of one request as they come. The last output has its finish_reason set.
+class Generation(AsyncIterator[list[StepOutput]]):
+    """The tokens of one request as they come: at each turn all that are there, at least one, in order.
 
-    Iteration raises EngineError or DeadlineExceeded where the sequence could not be finished. Whoever stops early
-    calls `abort`: there is no other way to cancel.
+    The last output has its finish_reason set. Iteration raises EngineError or DeadlineExceeded where the sequence could
+    not be finished. Whoever stops early calls `abort`: there is no other way to cancel.
     """
 
     def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self.sequence = sequence
         self._engine = engine
-        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._outputs: list[StepOutput] = []
+        self._reader: asyncio.Future[None] | None = None  # waits for an output
         self._done = False
 
-    async def __anext__(self) -> StepOutput:
-        """The next token."""
+    async def __anext__(self) -> list[StepOutput]:
+        """The outputs that have come since the last call; waits for one."""
         if self._done:
             raise StopAsyncIteration
-        output = await self._outputs.get()
-        self._done = output.finish_reason is not None
+        if not self._outputs:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        outputs, self._outputs = self._outputs, []
+        last = outputs[-1]
+        if last.finish_reason is None:
+            return outputs
+        if last.finish_reason in TERMINAL_ERRORS and len(outputs) > 1:
+            self._outputs = [last]  # what was generated before goes out first
+            return outputs[:-1]
+        self._done = True
+        self._raise_failure(last)
+        return outputs
+
+    def _raise_failure(self, output: StepOutput) -> None:
         if output.finish_reason is FinishReason.DEADLINE:
             waited = time.monotonic() - self.sequence.timings.arrived_s
             raise DeadlineExceeded(
@@ -89,7 +109,6 @@ class Generation(AsyncIterator[StepOutput]):
             )
         if output.finish_reason is FinishReason.ERROR:
             raise EngineError(output.error or "the engine failed")
-        return output
 
     def abort(self) -> None:
         """Stop generating and free the request's memory. Does nothing after the end."""
@@ -99,7 +118,9 @@ class Generation(AsyncIterator[StepOutput]):
 
     def deliver(self, output: StepOutput) -> None:
         """Called on the event loop by the engine."""
-        self._outputs.put_nowait(output)
+        self._outputs.append(output)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class Engine:
@@ -174,6 +195,7 @@ class Engine:
         """A reading of the loop; values may be one step old."""
         loop = self._loop
         scheduler = loop.scheduler
+        drafter = scheduler.drafter
         return EngineStats(
             num_running=loop.num_running,
             num_waiting=loop.num_waiting,
@@ -183,6 +205,9 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             last_step_s=loop.last_turn_s,
             alive=loop.alive,
+            num_drafts=0 if drafter is None else drafter.num_drafts,
+            num_draft_tokens=0 if drafter is None else drafter.num_draft_tokens,
+            num_accepted_tokens=0 if drafter is None else drafter.num_accepted_tokens,
         )
 
     async def drain(self, timeout_s: float) -> None:

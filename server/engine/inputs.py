@@ -19,7 +19,7 @@ class StepInputs:
     positions: Tensor  # int64 [T]
     lengths: list[int]  # [T], see RotaryTable.cos_sin
     attention: AttentionBatch
-    sample_rows: list[int]  # rows whose logits draw the next token, one per sampling work
+    sample_rows: list[int]  # rows whose logits draw the next token, one per sampling work and guess
     prompt_rows: dict[int, list[int]]  # work index -> rows whose logits score the following prompt token
 
 
@@ -39,7 +39,7 @@ def build(batch: ScheduledBatch, block_size: int, device: torch.device) -> StepI
     for index, work in enumerate(batch.work):
         sequence = work.sequence
         begin, end = sequence.num_computed_tokens, sequence.num_computed_tokens + work.num_tokens
-        token_ids += sequence.token_ids[begin:end]
+        token_ids += work.token_ids
         positions += range(begin, end)
         lengths += [max(sequence.num_prompt_tokens, p + 1) for p in range(begin, end)]
         table = sequence.block_table
@@ -51,7 +51,7 @@ def build(batch: ScheduledBatch, block_size: int, device: torch.device) -> StepI
         contexts.append(end)
         tables.append(table + [0] * (width - len(table)))
         if work.samples:
-            sample_rows.append(starts[-1] - 1)
+            sample_rows += range(starts[-1] - 1 - len(work.draft_ids), starts[-1])
         num_decodes += index == num_decodes and work.num_tokens == 1
     return StepInputs(
         token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),

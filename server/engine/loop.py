@@ -1,4 +1,7 @@
-"""The engine's thread: inbox -> schedule -> run -> commit -> publish, one turn after the other.
+"""The engine's thread: inbox -> schedule -> launch -> publish the step before -> result -> commit, turn after turn.
+
+The tokens of a step are published when the next one has been launched: the event loop turns them into text and bytes
+while the device, or native code that needs no interpreter lock, works. With nothing to launch they leave at once.
 
 Not asyncio and not HTTP. It is the only code that touches the scheduler after `start`. A step that raises ends every
 live sequence with an error and the loop with it: the process is then unhealthy and says so, instead of limping on.
@@ -7,26 +10,39 @@ live sequence with an error and the loop with it: the process is then unhealthy 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from server.core import FinishReason, SampledToken, ScheduledBatch, Sequence, StepOutput
+from server.core import FinishReason, SampledToken, ScheduledBatch, Sequence, StepOutput, StepTimes
 from server.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 IDLE_TURN_S = 1.0  # an idle loop still turns, so that its age shows whether the thread lives
-SPEED_MEMORY = 0.05  # weight of the newest finished sequence in the running mean of service times
+
+OnStep = Callable[[int, float, StepTimes], None]  # tokens and seconds of a step, and their split, for metrics
+
+
+class PendingStep(Protocol):
+    """A step on its way."""
+
+    def result(self) -> list[SampledToken]:
+        """Wait for the step: a token for each work that samples, then one for each of its guesses. Called once."""
+        ...
 
 
 class Runner(Protocol):
     """What computes a batch. `server.engine.runner.ModelRunner`, or a fake one in tests and benchmarks."""
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """One token for each piece of work that samples, in order."""
+    def launch(self, batch: ScheduledBatch, times: StepTimes) -> PendingStep:
+        """Begin a step, without waiting for it where the device runs by itself; fill in `times` by `result`.
+
+        A runner without such a device computes in `result`, so that what is published meanwhile is not held up.
+        """
         ...
 
 
@@ -38,14 +54,14 @@ class EngineLoop:
         scheduler: Scheduler,
         runner: Runner,
         *,
-        on_step: Callable[[int, float], None] | None = None,
+        on_step: OnStep | None = None,
         check_every_step: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.alive = False
         self.last_turn_s = time.monotonic()
         self._runner = runner
-        self._on_step = on_step  # (tokens, seconds) of each step, for metrics
+        self._on_step = on_step
         self._check_every_step = check_every_step
         self._inbox: deque[tuple[str, Sequence]] = deque()
         self._num_unread = 0  # added, not yet in the scheduler
@@ -54,7 +70,8 @@ class EngineLoop:
         self._failed = False
         self._thread: threading.Thread | None = None
         self._publish: Callable[[list[StepOutput]], None] = lambda outputs: None
-        self._service_s = 1.0  # running mean of a sequence's time from admission to end
+        self._outputs: list[StepOutput] = []  # not yet published
+        self._next_deadline_s = math.inf  # no live sequence has an earlier one
 
     @property
     def num_running(self) -> int:
@@ -91,7 +108,7 @@ class EngineLoop:
 
     def estimate_wait_s(self) -> int:
         """Seconds until a place in the queue is likely to be free, for Retry-After."""
-        return max(1, min(60, round(self._service_s * (self.num_waiting + 1) / max(1, self.num_running))))
+        return max(1, min(60, round(self.scheduler.service_s * (self.num_waiting + 1) / max(1, self.num_running))))
 
     def _send(self, what: str, sequence: Sequence) -> None:
         with self._wake:
@@ -107,6 +124,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._turn()
+            self._flush()
         except Exception:
             batch = [s.request_id for s in self.scheduler.running]
             logger.exception("engine step failed; requests running: %s", batch)
@@ -117,51 +135,64 @@ class EngineLoop:
 
     def _turn(self) -> None:
         self._read_inbox()
-        outputs = self._expire()
         started = time.monotonic()
+        if started >= self._next_deadline_s:
+            self._expire(started)
         batch = self.scheduler.schedule(started)
-        if batch is not None:
-            sampled = self._runner.run(batch)
-            now = time.monotonic()
-            outputs += self.scheduler.commit(batch, sampled, now)
-            self._note_finished(batch)
-            if self._on_step is not None:
-                self._on_step(batch.num_tokens, now - started)
+        if batch is None:
+            self._flush()
+            self._rest()
+        else:
+            self._step(batch, started)
         if self._check_every_step:
             self.scheduler.check()
         self.last_turn_s = time.monotonic()
-        if outputs:
+
+    def _step(self, batch: ScheduledBatch, started_s: float) -> None:
+        times = StepTimes()
+        launching_s = time.monotonic()
+        pending = self._runner.launch(batch, times)
+        launched_s = time.monotonic()
+        self._flush()
+        times.publish = time.monotonic() - launched_s
+        sampled = pending.result()
+        back_s = time.monotonic()
+        self._outputs += self.scheduler.commit(batch, sampled, back_s)
+        ended_s = time.monotonic()
+        times.schedule = launching_s - started_s + ended_s - back_s
+        if self._on_step is not None:
+            self._on_step(batch.num_tokens, ended_s - started_s, times)
+
+    def _flush(self) -> None:
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
             self._publish(outputs)
-        elif batch is None:
-            with self._wake:
-                if not self._inbox and not self._stopping:
-                    self._wake.wait(IDLE_TURN_S)
+
+    def _rest(self) -> None:
+        with self._wake:
+            if not self._inbox and not self._stopping:
+                self._wake.wait(IDLE_TURN_S)
 
     def _read_inbox(self) -> None:
-        while True:
+        while self._inbox:
             with self._wake:
-                if not self._inbox:
-                    return
                 what, sequence = self._inbox.popleft()
                 self._num_unread -= what == "add"
                 if what == "add":
                     self.scheduler.add(sequence)
+            if what == "add" and sequence.deadline_s is not None:
+                self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
             if what == "abort" and sequence.finish_reason is None:
                 self.scheduler.end(sequence, FinishReason.ABORT)
 
-    def _expire(self) -> list[StepOutput]:
-        now = time.monotonic()
-        late = [s for s in self.scheduler.live() if s.deadline_s is not None and s.deadline_s <= now]
-        for sequence in late:
-            sequence.timings.finished_s = now
-            self.scheduler.end(sequence, FinishReason.DEADLINE)
-        return [StepOutput(s.request_id, None, finish_reason=FinishReason.DEADLINE) for s in late]
-
-    def _note_finished(self, batch: ScheduledBatch) -> None:
-        for work in batch.work:
-            timings = work.sequence.timings
-            if timings.finished_s is not None and timings.scheduled_s is not None:
-                self._service_s += SPEED_MEMORY * (timings.finished_s - timings.scheduled_s - self._service_s)
+    def _expire(self, now_s: float) -> None:
+        with_deadline = [(s.deadline_s, s) for s in self.scheduler.live() if s.deadline_s is not None]
+        for deadline_s, sequence in with_deadline:
+            if deadline_s <= now_s:
+                sequence.timings.finished_s = now_s
+                self.scheduler.end(sequence, FinishReason.DEADLINE)
+                self._outputs.append(StepOutput(sequence.request_id, None, finish_reason=FinishReason.DEADLINE))
+        self._next_deadline_s = min((d for d, s in with_deadline if s.finish_reason is None), default=math.inf)
 
     def _fail_all(self) -> None:
         with self._wake:
@@ -175,7 +206,8 @@ class EngineLoop:
             self.scheduler.blocks.release(sequence)
         self.scheduler.running.clear()
         self.scheduler.waiting.clear()
-        self._publish([_failure(sequence) for sequence in failed])
+        self._outputs += [_failure(sequence) for sequence in failed]
+        self._flush()
 
 
 def _failure(sequence: Sequence) -> StepOutput:

@@ -1,4 +1,4 @@
-"""Which tokens run in the next step: every decode, then prefill chunks, under one token budget.
+"""Which tokens run in the next step: every decode, then prefill chunks, then guesses, under one token budget.
 
 Plain Python over `Sequence`: no tensors, no clock of its own, no thread. Called by one thread only.
 
@@ -15,7 +15,9 @@ from collections.abc import Sequence as SequenceOf
 
 from server.core import FinishReason, SampledToken, ScheduledBatch, Sequence, StepOutput, Work
 from server.scheduler.blocks import BlockManager
+from server.scheduler.ngram import NgramDrafter
 
+SPEED_MEMORY = 0.05  # weight of the newest finished sequence in the running mean of service times
 MAX_BYPASS = 8  # times the head of the queue may be overtaken; also how far the queue is searched
 
 
@@ -30,6 +32,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         admission_reserve: float,
+        drafter: NgramDrafter | None = None,
     ) -> None:
         if max_batch_tokens <= max_num_seqs:
             raise ValueError(f"max_batch_tokens {max_batch_tokens} must exceed max_num_seqs {max_num_seqs}")
@@ -38,16 +41,20 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
         self.admission_reserve = admission_reserve
+        self.drafter = drafter
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # prompt tokens found
+        self.service_s = 1.0  # running mean of a sequence's time from admission to end
         self._bypassed = 0
+        self._stuck = False  # nobody waiting fits, and nothing has changed since
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that passed `never_fits`."""
         self.waiting.append(sequence)
+        self._stuck = False
 
     def never_fits(self, num_tokens: int) -> bool:
         """True if a sequence of so many tokens could not run even alone."""
@@ -65,43 +72,80 @@ class Scheduler:
         else:
             self._leave_queue(sequence)
         self.blocks.release(sequence)
+        if self.drafter is not None:
+            self.drafter.forget(sequence)
+        self._stuck = False
         sequence.finish_reason = reason
 
     def schedule(self, now_s: float) -> ScheduledBatch | None:
         """The next step's work, or None when there is nothing to run."""
-        decodes, preempted = self._schedule_decodes()
+        decodes, prefills, preempted = self._schedule_decodes()
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[Work] = []
-        for sequence in self.running:
-            if budget and sequence.num_pending_tokens > 1:
+        for sequence in prefills:
+            if budget:
                 budget -= self._add_chunk(chunks, sequence, budget)
-        while budget and not preempted and len(self.running) < self.max_num_seqs:
-            admitted = self._admit()
-            if admitted is None:
-                break
-            if admitted.timings.scheduled_s is None:
-                admitted.timings.scheduled_s = now_s
-            budget -= self._add_chunk(chunks, admitted, budget)
+        may_admit = not preempted and not self._stuck and len(self.running) < self.max_num_seqs
+        if self.waiting and budget and may_admit:
+            for admitted in self._admissions():
+                if admitted.timings.scheduled_s is None:
+                    admitted.timings.scheduled_s = now_s
+                budget -= self._add_chunk(chunks, admitted, budget)
+                if not budget:
+                    break
+        if self.drafter is not None and budget:
+            places = max(self.max_num_seqs, 1 + self.drafter.max_tokens) - len(decodes) - len(chunks)
+            decodes = self._add_drafts(self.drafter, decodes, min(budget, places))
         work = (*decodes, *chunks)
         return ScheduledBatch(work) if work else None
 
     def commit(self, batch: ScheduledBatch, sampled: SequenceOf[SampledToken], now_s: float) -> list[StepOutput]:
-        """Book what a step computed. `sampled` follows the batch's sampling work in order."""
+        """Book what a step computed. `sampled` follows the batch's sampling work and its guesses in order."""
         outputs: list[StepOutput] = []
         drawn = iter(sampled)
+        page = self.blocks.block_size
         for work in batch.work:
             sequence = work.sequence
-            sequence.num_computed_tokens += work.num_tokens
-            self.blocks.commit(sequence)
+            if work.draft_ids:
+                rows = [next(drawn) for _ in range(work.num_tokens)]
+                outputs += self._commit_drafts(sequence, work.draft_ids, rows, now_s)
+                continue
+            sequence.num_computed_tokens = computed = sequence.num_computed_tokens + work.num_tokens
+            if computed % page < work.num_tokens:  # a page became full
+                self.blocks.commit(sequence)
             if not work.samples:
                 if sequence.params.max_tokens == 0 and sequence.num_pending_tokens == 0:
-                    outputs.append(self._finish(sequence, None, FinishReason.LENGTH, now_s))
+                    self._finish(sequence, FinishReason.LENGTH, now_s)
+                    outputs.append(StepOutput(sequence.request_id, None, None, FinishReason.LENGTH))
                 continue
             token = next(drawn)
             sequence.token_ids.append(token.token_id)
             if sequence.timings.first_token_s is None:
                 sequence.timings.first_token_s = now_s
-            outputs.append(self._finish(sequence, token, self._finish_reason(sequence, token.token_id), now_s))
+            reason = self._finish_reason(sequence, token.token_id, computed + 1)
+            if reason is not None:
+                self._finish(sequence, reason, now_s)
+            outputs.append(StepOutput(sequence.request_id, token.token_id, token.logprobs, reason))
+        return outputs
+
+    def _commit_drafts(
+        self, sequence: Sequence, draft_ids: SequenceOf[int], rows: list[SampledToken], now_s: float
+    ) -> list[StepOutput]:
+        """Book what was drawn, up to the first guess that was wrong. A right one is computed: its place is filled."""
+        outputs: list[StepOutput] = []
+        reason = None
+        for token, guess in zip(rows, (*draft_ids, None), strict=True):
+            sequence.num_computed_tokens += 1
+            sequence.token_ids.append(token.token_id)
+            reason = self._finish_reason(sequence, token.token_id, len(sequence.token_ids))
+            outputs.append(StepOutput(sequence.request_id, token.token_id, token.logprobs, reason))
+            if reason is not None or token.token_id != guess:
+                break
+        self.blocks.commit(sequence)
+        if self.drafter is not None:
+            self.drafter.note(sequence, len(draft_ids), len(outputs) - 1)
+        if reason is not None:
+            self._finish(sequence, reason, now_s)
         return outputs
 
     def check(self) -> None:
@@ -111,23 +155,47 @@ class Scheduler:
         assert all(not s.block_table and s.num_computed_tokens == 0 for s in self.waiting), "a waiting one holds pages"
         assert all(s.finish_reason is None and s.num_pending_tokens > 0 for s in self.live()), "a dead one is live"
 
-    def _schedule_decodes(self) -> tuple[list[Work], bool]:
+    def _schedule_decodes(self) -> tuple[list[Work], list[Sequence], bool]:
+        """Work of the decoding sequences, the sequences that still prefill, and whether one had to be preempted."""
         decodes: list[Work] = []
-        preempted = False
-        queue = deque(s for s in self.running if s.num_pending_tokens == 1)
-        while queue:
-            sequence = queue.popleft()
-            while not self.blocks.grow(sequence, len(sequence.token_ids)):
-                victim = self.running[-1]  # the last admitted has the least to lose
-                if victim in queue:
-                    queue.remove(victim)
-                self._preempt(victim)
-                preempted = True
-                if victim is sequence:
-                    break
+        prefills: list[Sequence] = []
+        page = self.blocks.block_size
+        num_preemptions = self.num_preemptions
+        for sequence in self.running:  # victims leave at its end, behind the one in hand: the iteration stays sound
+            length = len(sequence.token_ids)
+            if length - sequence.num_computed_tokens > 1:
+                prefills.append(sequence)
+                continue
+            if length > len(sequence.block_table) * page and not self._make_room(sequence, length):
+                break  # it was itself the last one, and is preempted
+            decodes.append(Work(sequence, 1, sequence.params.max_tokens > 0))
+        return decodes, prefills, self.num_preemptions > num_preemptions
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Pages for `num_tokens`, at the cost of the last admitted, which has the least to lose. False: of itself."""
+        while not self.blocks.grow(sequence, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _add_drafts(self, drafter: NgramDrafter, decodes: list[Work], num_places: int) -> list[Work]:
+        """Decodes with guesses behind them, where there are any, and rows and free pages for them."""
+        plain: list[Work] = []
+        guessing: list[Work] = []
+        for work in decodes:
+            sequence = work.sequence
+            length = len(sequence.token_ids)
+            end = min(sequence.num_prompt_tokens + sequence.params.max_tokens, self.max_model_len)
+            room = min(num_places, end - length - 1)
+            guess = drafter.draft(sequence, room) if room > 0 else []
+            if guess and self.blocks.grow(sequence, length + len(guess)):
+                num_places -= len(guess)
+                guessing.append(Work(sequence, 1 + len(guess), True, guess))
             else:
-                decodes.append(Work(sequence, 1, samples=sequence.params.max_tokens > 0))
-        return decodes, preempted
+                plain.append(work)
+        return plain + guessing
 
     def _add_chunk(self, chunks: list[Work], sequence: Sequence, budget: int) -> int:
         num_tokens = min(sequence.num_pending_tokens, budget)
@@ -144,15 +212,30 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self._bypassed = 0
+        self._stuck = False
 
-    def _admit(self) -> Sequence | None:
-        """Move the first waiting sequence that fits to running, with pages for all its known tokens."""
+    def _admissions(self) -> Iterator[Sequence]:
+        """Admit one sequence after the other while there is room."""
+        reserve = sum(map(self._future_pages, self.running))
+        while len(self.running) < self.max_num_seqs:
+            admitted = self._admit(reserve)
+            if admitted is None:
+                self._stuck = bool(self.running)
+                return
+            yield admitted
+            reserve += self._future_pages(admitted)
+
+    def _admit(self, reserve: int) -> Sequence | None:
+        """Move the first waiting sequence that fits to running, with pages for all its known tokens.
+
+        `reserve` is how many pages are kept free for the running ones.
+        """
         reach = 1 + max(0, MAX_BYPASS - self._bypassed)
         for position, sequence in enumerate(self.waiting):
             if position >= reach:
                 return None
             shared = [] if sequence.params.prompt_logprobs is not None else self.blocks.match_prefix(sequence.token_ids)
-            if not self._fits(sequence, shared):
+            if not self._fits(sequence, shared, reserve):
                 continue
             self._leave_queue(sequence, overtaking=position > 0)
             self.blocks.adopt(sequence, shared)
@@ -166,12 +249,11 @@ class Scheduler:
             return sequence
         return None
 
-    def _fits(self, sequence: Sequence, shared: list[int]) -> bool:
+    def _fits(self, sequence: Sequence, shared: list[int], reserve: int) -> bool:
         pages = self.blocks.pages_for(len(sequence.token_ids)) - len(shared) + self.blocks.num_unheld(shared)
         if not self.running:
             return pages <= self.blocks.num_free
-        reserve = self._future_pages(sequence) + sum(self._future_pages(s) for s in self.running)
-        return pages + reserve <= self.blocks.num_free
+        return pages + reserve + self._future_pages(sequence) <= self.blocks.num_free
 
     def _future_pages(self, sequence: Sequence) -> int:
         """Pages kept free for what a sequence may still generate."""
@@ -187,23 +269,18 @@ class Scheduler:
         self.waiting.remove(sequence)
         self._bypassed += overtaking
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, sequence: Sequence, token_id: int, length: int) -> FinishReason | None:
+        """Why a sequence of `length` tokens ends with its newest, if it does."""
         params = sequence.params
         if token_id in params.eos_token_ids or token_id in params.stop_token_ids:
             return FinishReason.STOP
-        if sequence.num_output_tokens >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
+        if length >= self.max_model_len or length - sequence.num_prompt_tokens >= params.max_tokens:
             return FinishReason.LENGTH
         return None
 
-    def _finish(
-        self, sequence: Sequence, token: SampledToken | None, reason: FinishReason | None, now_s: float
-    ) -> StepOutput:
-        if reason is not None:
-            sequence.timings.finished_s = now_s
-            self.end(sequence, reason)
-        return StepOutput(
-            sequence.request_id,
-            None if token is None else token.token_id,
-            None if token is None else token.logprobs,
-            reason,
-        )
+    def _finish(self, sequence: Sequence, reason: FinishReason, now_s: float) -> None:
+        timings = sequence.timings
+        timings.finished_s = now_s
+        if timings.scheduled_s is not None:
+            self.service_s += SPEED_MEMORY * (now_s - timings.scheduled_s - self.service_s)
+        self.end(sequence, reason)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from kernels.ops import BackendName, make_ops
-from server.core import SamplingParams, Sequence, Timings
+from server.core import SamplingParams, Sequence, StepOutput, Timings
 from server.engine.kv_cache import allocate
 from server.engine.runner import ModelRunner
 from server.model.load import load_model
 from server.scheduler.blocks import BlockManager
+from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
 from spq.checkpoint import open_model
 
@@ -33,6 +34,7 @@ class Harness:
         kv_dtype: torch.dtype = torch.float32,
         prefix_caching: bool = True,
         dtype: torch.dtype = torch.float32,
+        speculative_ngram: int = 0,
     ) -> None:
         source = open_model(folder)
         self.spec = source.spec
@@ -40,6 +42,7 @@ class Harness:
             source, make_ops(torch.device("cpu"), dtype, backend), source.spec.max_positions
         )
         cache = allocate(self.spec, num_blocks * block_size, kv_dtype, torch.device("cpu"))
+        self.outputs: list[StepOutput] = []
         self.runner = ModelRunner(self.model, cache, block_size)
         self.scheduler = Scheduler(
             BlockManager(num_blocks, block_size, prefix_caching and not self.model.rope.length_dependent),
@@ -47,6 +50,7 @@ class Harness:
             max_batch_tokens=max_batch_tokens,
             max_model_len=self.spec.max_positions,
             admission_reserve=admission_reserve,
+            drafter=NgramDrafter(speculative_ngram) if speculative_ngram else None,
         )
 
     def sequence(self, prompt: list[int], name: str = "s", **params: object) -> Sequence:
@@ -60,7 +64,7 @@ class Harness:
             self.scheduler.add(sequence)
         step = 0
         while (batch := self.scheduler.schedule(float(step))) is not None:
-            self.scheduler.commit(batch, self.runner.run(batch), float(step))
+            self.outputs += self.scheduler.commit(batch, self.runner.run(batch), float(step))
             self.scheduler.check()
             step += 1
             if on_step is not None:

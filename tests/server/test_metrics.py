@@ -6,9 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from server.core import SamplingParams, Sequence, Timings
+from server.core import SamplingParams, Sequence, StepTimes, Timings
 from server.metrics import FINISHED_REASONS, Metrics, TokenRate
+from server.tally import Tally
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
@@ -28,7 +32,7 @@ HISTOGRAMS = {f"vllm:{name}" for name in (
 def bound(**changes: Any) -> Metrics:
     metrics = Metrics("tiny")
     stats = SimpleNamespace(num_running=3, num_waiting=2, kv_usage=0.5, num_preemptions=7, prefix_queries=100,
-                            prefix_hits=40)  # fmt: skip
+                            prefix_hits=40, num_drafts=5, num_draft_tokens=20, num_accepted_tokens=12)  # fmt: skip
     info = SimpleNamespace(
         block_size=16, num_blocks=10, kv_dtype="int8", kv_tokens=160, max_model_len=80,
         ledger={"weights": 1000, "kv": 500}, compression={"ratio_to_fp16": 2.5, "mean_rank_kept": 0.4, "preset": "x"},
@@ -68,6 +72,9 @@ def test_live_values_are_read_at_scrape_time() -> None:
     assert value(metrics, "vllm:kv_cache_usage_perc") == value(metrics, "vllm:gpu_cache_usage_perc") == 0.5
     assert value(metrics, "vllm:num_preemptions_total") == 7
     assert value(metrics, "vllm:prefix_cache_queries_total") == 100
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 5
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 20
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 12
     assert value(metrics, "vllm:prefix_cache_hits_total") == 40
     assert value(metrics, "spq:memory_bytes", kind="weights") == 1000
     assert value(metrics, "spq:compression_ratio") == 2.5
@@ -127,24 +134,50 @@ def test_a_sequence_that_never_ran_has_no_phases() -> None:
 
 def test_short_token_times_have_buckets_of_their_own() -> None:
     metrics = Metrics("tiny")
-    metrics.next_token(0.0015)
+    metrics.next_tokens(0.0015, 1)
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.001") == 0
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.002") == 1
 
 
 def test_steps() -> None:
     metrics = Metrics("tiny")
-    metrics.step(48, 0.02)
+    metrics.step(48, 0.02, StepTimes(schedule=0.001, prepare=0.002, run=0.012, sample=0.004, publish=0.0001))
     assert value(metrics, "vllm:iteration_tokens_total_sum") == 48
     assert value(metrics, "spq:step_seconds_sum") == pytest.approx(0.02)
+    phases = {"schedule": 0.001, "prepare": 0.002, "run": 0.012, "sample": 0.004, "publish": 0.0001}
+    for phase, seconds in phases.items():
+        assert value(metrics, "spq:step_phase_seconds_sum", phase=phase) == pytest.approx(seconds)
+        assert value(metrics, "spq:step_phase_seconds_count", phase=phase) == 1
+
+
+def test_tokens_that_came_together_share_their_time() -> None:
+    metrics = Metrics("tiny")
+    metrics.next_tokens(0.006, 3)
+    assert value(metrics, "vllm:inter_token_latency_seconds_count") == 3
+    assert value(metrics, "vllm:inter_token_latency_seconds_sum") == pytest.approx(0.006)
+    assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.002") == 3
+
+
+@given(st.lists(st.floats(0, 20), max_size=30))
+def test_a_tally_reads_like_a_histogram_of_the_client_library(values: list[float]) -> None:
+    bounds = (0.5, 1.0, 10.0)
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    tally = Tally("x_seconds", "A text.", {"a": "b"}, bounds)
+    ours.register(tally)
+    histogram = Histogram("x_seconds", "A text.", ("a",), registry=theirs, buckets=bounds).labels(a="b")
+    for number in values:
+        tally.observe(number)
+        histogram.observe(number)
+    created = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
+    assert generate_latest(ours).decode().splitlines() == created
 
 
 def test_rate_is_a_ten_second_mean_and_falls_to_zero() -> None:
     now = 1000.0
     rate = TokenRate(clock=lambda: now)
     for _ in range(10):
-        for _ in range(5):
-            rate.add()
+        rate.add()
+        rate.add(4)
         now += 1.0
     now -= 1.0
     assert rate.per_second() == 5.0
@@ -156,6 +189,6 @@ def test_rate_is_a_ten_second_mean_and_falls_to_zero() -> None:
 
 def test_two_metrics_do_not_share_anything() -> None:
     first, second = Metrics("tiny"), Metrics("tiny")
-    first.token()
+    first.tokens(1)
     assert value(first, "vllm:generation_tokens_total") == 1
     assert value(second, "vllm:generation_tokens_total") == 0

@@ -70,6 +70,7 @@ class Script:
     refuse: Exception | None = None
     num_cached: int = 0
     hold: bool = False  # never send anything
+    burst: int = 1  # tokens that come at once
 
 
 class FakeGeneration:
@@ -114,14 +115,21 @@ class FakeGeneration:
     def __aiter__(self) -> FakeGeneration:
         return self
 
-    async def __anext__(self) -> StepOutput:
+    async def __anext__(self) -> list[StepOutput]:
         script = self._engine.script
-        timings = self.sequence.timings
         if self._done:
             raise StopAsyncIteration
         if script.hold:
             await asyncio.Event().wait()
         await asyncio.sleep(script.delay_s)
+        outputs = [self._next()]
+        while len(outputs) < script.burst and not self._done and script.error is None:
+            outputs.append(self._next())
+        return outputs
+
+    def _next(self) -> StepOutput:
+        script = self._engine.script
+        timings = self.sequence.timings
         sent = self.sequence.num_output_tokens
         if script.error is not None and sent == (script.fail_after or 0):
             self._finish()

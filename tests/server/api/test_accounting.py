@@ -17,6 +17,7 @@ CALL = st.fixed_dictionaries(
         "max_tokens": st.integers(1, 15),
         "stop": st.sampled_from([None, "lo", "world", "nothing"]),
         "logprobs": st.booleans(),
+        "burst": st.sampled_from([1, 2, 30]),
     }
 )
 
@@ -27,6 +28,7 @@ def usage_of(bench: Any, read_events: Any, call: dict[str, Any]) -> dict[str, An
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     if call["logprobs"]:
         body["logprobs"] = True if call["chat"] else 1
+    bench.script.burst = call["burst"]
     response = bench.chat(**body) if call["chat"] else bench.complete(prompt=["a", "bc"], **body)
     usage: dict[str, Any] = read_events(response)[-2]["usage"] if call["stream"] else response.json()["usage"]
     return usage

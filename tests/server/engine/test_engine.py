@@ -14,7 +14,7 @@ import torch
 from harness import Harness
 from models import SMALL, random_model, real_model
 
-from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch
+from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch, Sequence, StepTimes, Timings
 from server.engine.engine import Engine, Generation, GenerationRequest, ModelInfo
 from server.engine.loop import EngineLoop, Runner
 from server.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
@@ -58,12 +58,16 @@ class FakeRunner:
         self.fail_at = fail_at
         self.steps = 0
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def launch(self, batch: ScheduledBatch, times: StepTimes) -> FakeRunner:
+        self.batch = batch
+        return self
+
+    def result(self) -> list[SampledToken]:
         self.steps += 1
         if self.steps == self.fail_at:
             raise RuntimeError("planted fault")
         time.sleep(self.seconds)
-        return [SampledToken(10 + w.sequence.num_output_tokens) for w in batch.work if w.samples]
+        return [SampledToken(10 + w.sequence.num_output_tokens) for w in self.batch.work if w.samples]
 
 
 def small_scheduler(num_blocks: int = 64, max_num_seqs: int = 8) -> Scheduler:
@@ -85,14 +89,13 @@ def request(name: str, prompt: int = 5, deadline_s: float | None = None, **param
 async def collect(generation: Generation, stop_after: int | None = None) -> list[int]:
     tokens: list[int] = []
     try:
-        async for output in generation:
-            if output.token_id is not None:
-                tokens.append(output.token_id)
+        async for outputs in generation:
+            tokens += [output.token_id for output in outputs if output.token_id is not None]
             if stop_after is not None and len(tokens) >= stop_after:
                 break
     finally:
         generation.abort()
-    return tokens
+    return tokens[:stop_after]
 
 
 async def until_empty(engine: Engine, steps_s: float = 5.0) -> None:
@@ -157,6 +160,30 @@ def test_sampled_answers_with_a_seed_do_not_depend_on_company(tmp_path: Path) ->
     for prompt, sequence in zip(prompts, together, strict=True):
         [alone] = harness.run([harness.sequence(prompt, temperature=0.9, top_p=0.9, seed=11)])
         assert alone.token_ids == sequence.token_ids
+
+
+def test_tokens_of_a_step_are_published_between_launch_and_result_of_the_next() -> None:
+    happened: list[str] = []
+
+    class Watched(FakeRunner):
+        def launch(self, batch: ScheduledBatch, times: StepTimes) -> FakeRunner:
+            happened.append("launch")
+            return super().launch(batch, times)
+
+        def result(self) -> list[SampledToken]:
+            happened.append("result")
+            return super().result()
+
+    loop = EngineLoop(small_scheduler(), Watched())
+    sequence = Sequence("a", [3, 4], 2, SamplingParams(max_tokens=3), Timings(0.0))
+    loop.add(sequence)
+    loop.start(lambda outputs: happened.append(f"publish {[o.token_id for o in outputs]}"))
+    end = time.monotonic() + 5
+    while len(happened) < 9 and time.monotonic() < end:
+        time.sleep(0.01)
+    loop.stop()
+    assert happened == ["launch", "result", "launch", "publish [10]", "result", "launch", "publish [11]", "result",
+                        "publish [12]"]  # fmt: skip
 
 
 def test_an_abort_frees_its_pages_within_one_step() -> None:
@@ -271,7 +298,25 @@ def test_finish_reasons_reach_the_last_output() -> None:
             length, stop = engine.submit(
                 [request("length", max_tokens=3), request("stop", stop_token_ids=frozenset({12}))]
             )
-            assert [o.finish_reason async for o in length] == [None, None, FinishReason.LENGTH]
-            assert [o.finish_reason async for o in stop] == [None, None, FinishReason.STOP]
+            for generation, reason in ((length, FinishReason.LENGTH), (stop, FinishReason.STOP)):
+                reasons = [output.finish_reason async for outputs in generation for output in outputs]
+                assert reasons == [None, None, reason]
+
+    asyncio.run(serve())
+
+
+def test_tokens_that_nobody_read_yet_come_together_and_before_a_failure() -> None:
+    async def serve() -> None:
+        engine = Engine(EngineLoop(small_scheduler(), FakeRunner(fail_at=4)), info(small_scheduler()), max_queue=9)
+        engine.start(asyncio.get_running_loop())
+        [generation] = engine.submit([request("a")])
+        while engine.stats().alive:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # for the last delivery
+        assert [output.token_id for output in await anext(generation)] == [10, 11, 12]
+        with pytest.raises(EngineError):
+            await anext(generation)
+        with pytest.raises(StopAsyncIteration):
+            await anext(generation)
 
     asyncio.run(serve())
