@@ -33,6 +33,7 @@ bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)
 
 clean: ## Remove .venv and caches (compressed models in the cache folder stay)
+	rm -f kernels/native/*.so
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kernels spq server loadtest benchmarks demo tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -45,7 +46,7 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.runtime: requirements.txt pyproject.toml $(VENV)/.created
+$(VENV)/.runtime: requirements.txt pyproject.toml $(wildcard kernels/native/*.[ch]) $(VENV)/.created
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -20,6 +20,8 @@ from kernels.ops import LayerKv
 
 STORE, ADD, GATE_UP = 0, 1, 2  # modes of spq_linear
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of a cache
+# Best first, by what torch found the CPU to have; ATEN_CPU_CAPABILITY lowers it as it does for torch.
+EXTENSIONS = {"AVX512": ("_avx512", "_avx2"), "AVX2": ("_avx2",)}
 BLOCK = 16  # outputs of a block of a packed matrix
 WIDEST_HEAD = 512
 
@@ -122,32 +124,28 @@ def machine_choice() -> Choice:
     from kernels.native.selftest import fault  # it multiplies through this module
 
     notes = []
-    for name in candidates():
+    for name in EXTENSIONS.get(torch.backends.cpu.get_cpu_capability(), ()):
         path = Path(__file__).parent / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not path.is_file():
             notes.append(f"{name}: not built (no C compiler when this was installed?)")
             continue
         library = load(name, path)
+        if not library.functions.spq_supported():
+            notes.append(f"{name}: this CPU lacks instructions that it uses")
+            continue
         wrong = fault(library)
         if wrong is None:
             notes.append(f"{name}: passed its test")
             return Choice(library, "; ".join(notes))
         notes.append(f"{name}: WRONG, {wrong}")
-    return Choice(None, "; ".join(notes) or "no extension for this CPU: it has no AVX2")
-
-
-def candidates() -> list[str]:
-    """Names of the extensions that this CPU can run, best first. ATEN_CPU_CAPABILITY lowers them as it does torch's."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
-    wide = ["_avx512"] if capability == "AVX512" and vnni else []
-    return wide + (["_avx2"] if capability in ("AVX2", "AVX512") else [])
+    return Choice(None, "; ".join(notes) or "there is no extension for this CPU: it has no AVX2")
 
 
 def load(name: str, path: Path) -> Library:
     """Load one extension and declare its functions. Raises OSError where it is not one."""
     functions = ctypes.CDLL(str(path))
     declared = {
+        "spq_supported": (c_int, []),
         "spq_pool_new": (c_void_p, [c_int]),
         "spq_pool_limit": (None, [c_void_p, c_int]),
         "spq_pool_free": (None, [c_void_p]),

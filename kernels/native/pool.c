@@ -85,6 +85,18 @@ static void *worker(void *argument) {
     return NULL;
 }
 
+/* Whether this CPU has every instruction that this build may use. */
+int spq_supported(void) {
+    int supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+#ifdef __AVX512VNNI__
+    supported = supported && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return supported;
+}
+
 /* A pool of `threads` (the caller of an operation counts as one), or NULL where the system gives none. */
 Pool *spq_pool_new(int threads) {
     Pool *pool = aligned_alloc(64, round_up(sizeof(Pool), 64));

@@ -10,7 +10,7 @@ import torch
 from kernels.cpu import CpuOps
 from kernels.native import library, selftest
 from kernels.native.backend import NativeOps
-from kernels.native.library import candidates, machine_choice
+from kernels.native.library import machine_choice
 from kernels.native.matrix import PackedMatrix
 from kernels.ops import make_ops
 
@@ -48,16 +48,22 @@ def test_an_extension_that_computes_wrongly_is_refused(fresh: object, monkeypatc
     assert choice.library is None and "WRONG" in choice.reason and "misses its bound" in choice.reason
 
 
-def test_only_extensions_that_this_cpu_can_run_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, vnni, names in (
-        ("AVX512", True, ["_avx512", "_avx2"]),
-        ("AVX512", False, ["_avx2"]),
-        ("AVX2", True, ["_avx2"]),
-        ("DEFAULT", False, []),
-    ):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda v=vnni: v, raising=False)
-        assert candidates() == names
+def test_a_cpu_without_the_instructions_never_runs_them(fresh: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert machine_choice().library is None and "no AVX2" in machine_choice().reason
+
+
+def test_the_widest_extension_is_passed_over_where_the_cpu_lacks_vnni(
+    fresh: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if machine_choice().library is None:
+        pytest.skip(machine_choice().reason)
+    machine_choice.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    flags = Path("/proc/cpuinfo").read_text("utf-8")
+    expected = "_avx512" if "avx512_vnni" in flags else "_avx2"
+    library_ = machine_choice().library
+    assert library_ is not None and library_.name == expected, machine_choice().reason
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.float16)])
