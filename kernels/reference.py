@@ -84,11 +84,6 @@ class ReferenceOps:
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight.to(x.dtype) * normed.to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total
-
     def attention_input(
         self, h: Tensor, norm: Norm, weight: tuple[LinearWeight, ...], heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
