@@ -83,7 +83,7 @@ def _resources(cubin: bytes, sass: bool) -> dict[str, int]:
         "loop_spills": loop_spills(code),
         "instructions": len(opcodes),
         "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
-        "tensor_core": sum(op.startswith(("HMMA", "HGMMA", "WGMMA")) for op in opcodes),
+        "tensor_core": sum(op.startswith(("HMMA", "HGMMA", "IMMA", "IGMMA")) for op in opcodes),
         "async_copies": sum(op.startswith("LDGSTS") for op in opcodes),
         "conversions": sum(op.startswith("I2F") for op in opcodes),
     }

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from kernels.gpu.configs import SPLIT_LEN, TileConfig, decode_config, prefill_config, tile_config
+from kernels.gpu.configs import FEW_ROWS, SPLIT_LEN, TileConfig, decode_config, prefill_config, tile_config
 from kernels.gpu.decode_attention import decode_attention_kernel, merge_splits_kernel
 from kernels.gpu.embedding import embedding_kernel
 from kernels.gpu.gate_up import gate_up_silu_kernel, silu_mul_kernel
 from kernels.gpu.head_linear import head_linear_kernel
 from kernels.gpu.heads import transform_heads_kernel
 from kernels.gpu.int8_linear import int8_linear_kernel
+from kernels.gpu.int8_prefill import int8_rows_linear_kernel, quantize_rows_kernel
 from kernels.gpu.norm import rms_norm_kernel
 from kernels.gpu.prefill_attention import prefill_attention_kernel
 
@@ -53,6 +54,16 @@ def _specs(activation: str, arch: int) -> Iterator[KernelSpec]:
     weight = "*u8" if magic else "*i8"
     common: dict[str, Any] = {"MAGIC": magic, "UPCAST": False}
     yield from _products(activation, dtype, arch, {"weight": weight}, common | {"HAS_BIAS": False})
+    tile = tile_config("int8_rows", 512, 4096, 4096, dtype, arch)
+    constants = {"HAS_BIAS": False, "ADD": True, "MAGIC": magic, "GROUP_M": 8}
+    yield _tiled(
+        "int8_rows_linear m512", int8_rows_linear_kernel, activation, {"x": "*i8", "step": "*fp32", "weight": weight},
+        constants, tile, ("N", "K"), core=True,
+    )  # fmt: skip
+    yield _spec(
+        "quantize_rows", quantize_rows_kernel, activation, {"values": "*i8", "step": "*fp32"},
+        {"NORM": True, "BLOCK": 16384}, 16, aligned=("n", "width", "x_stride"),
+    )  # fmt: skip
     yield _spec("silu_mul", silu_mul_kernel, activation, {}, {"BLOCK": 1024}, 4)
     yield _spec("rms_norm", rms_norm_kernel, activation, {}, {"BLOCK": 4096}, 8, aligned=("n",))
     yield _spec(
@@ -155,12 +166,9 @@ def _tiled(
     name: str, kernel: Any, activation: str, types: Mapping[str, str], constants: Mapping[str, Any], tile: TileConfig,
     aligned: Iterable[str], core: bool,
 ) -> KernelSpec:  # fmt: skip
-    blocks = {
-        "SM": 4 if name.split()[-1] == "m1" else tile.block_m,
-        "BM": tile.block_m,
-        "BN": tile.block_n,
-        "BK": tile.block_k,
-    }
+    blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k}
+    if "SM" in kernel.arg_names:
+        blocks["SM"] = FEW_ROWS if name.endswith(" m1") else tile.block_m
     return _spec(
         name, kernel, activation, types, {**constants, **blocks}, tile.num_warps, tile.num_stages, aligned, core
     )
@@ -169,7 +177,7 @@ def _tiled(
 _FLOAT32 = {"scale", "bias", "cos", "sin", "k_scale", "v_scale", "partial", "partial_lse"}
 _INT32 = {"block_tables", "context_lens", "query_starts", "counters"}
 _FLOAT_SCALARS = {"eps", "q_eps", "k_eps", "scale_log2"}
-_ACTIVATIONS = {"x", "q", "k", "v", "q_out", "out", "gate", "up", "weight", "norm_weight", "q_norm", "k_norm"}
+_ACTIVATIONS = {"x", "q", "k", "v", "q_out", "out", "gate", "up", "weight", "norm_weight", "q_norm", "k_norm", "gains"}
 
 
 def _spec(

@@ -26,6 +26,7 @@ from kernels.gpu.gate_up import gate_up_silu, silu_mul
 from kernels.gpu.head_linear import head_linear
 from kernels.gpu.heads import transform_heads
 from kernels.gpu.int8_linear import int8_linear, int8_linear_kernel
+from kernels.gpu.int8_prefill import int8_rows_linear, quantize_rows
 from kernels.gpu.launch import GpuContext
 from kernels.gpu.layout import (
     DenseMatrix,
@@ -82,8 +83,12 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ValueError for another dtype, RuntimeError where the kernels cannot run on the device."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, int8_prefill: bool = False) -> None:
+        """With `int8_prefill` steps of more than `DECODE_ROWS` tokens round the inputs of int8 matrices to int8 as well
+        (one scale per token): faster and lossy, see `int8_prefill`; logits do not.
+
+        Raises ValueError for another dtype, RuntimeError where the kernels cannot run on the device.
+        """
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype} is none of float16, bfloat16, float32")
         interpreted = not isinstance(int8_linear_kernel, JITFunction)
@@ -95,6 +100,7 @@ class TritonOps:
             raise RuntimeError(f"device {device} cannot run Triton kernels; a CUDA device is needed")
         self.device = device
         self.dtype = dtype
+        self.int8_prefill = int8_prefill
         self.gpu = GpuContext.of(device, dtype)
         self._magic = dtype == torch.float16  # see primitives.dequantize
 
@@ -146,13 +152,12 @@ class TritonOps:
             x = self.rms_norm(h, norm.weight, norm.eps)
             q, k, v = (self.linear(x, projection) for projection in weight)
             return transform_heads(q, k, v, heads, kv, slots)
-        chained = weight.heads.starts is not None
-        if len(h) <= DECODE_ROWS:
-            if not chained:
-                return head_linear(self.gpu, h, weight.heads, heads, kv, slots, norm=norm)
-            firsts = int8_linear(self.gpu, h, weight.first, self.dtype, norm=norm)
-            return head_linear(self.gpu, firsts, weight.heads, heads, kv, slots)
-        x = int8_linear(self.gpu, self.rms_norm(h, norm.weight, norm.eps), weight.first, self.dtype)
+        fused = len(h) <= DECODE_ROWS
+        if fused and weight.heads.starts is None:
+            return head_linear(self.gpu, h, weight.heads, heads, kv, slots, norm=norm)
+        x = self._int8(h, weight.first, norm=norm)
+        if fused:
+            return head_linear(self.gpu, x, weight.heads, heads, kv, slots)
         q, k, v = self._second_factors(x, weight)
         return transform_heads(q, k, v, heads, kv, slots)
 
@@ -170,16 +175,22 @@ class TritonOps:
 
     def add_linear(self, h: Tensor, x: Tensor, weight: Linear) -> Tensor:
         """See Ops; overwrites `h`, the sum is rounded once."""
-        if isinstance(weight, Int8Pair | MixedPair):
+        if isinstance(weight, Int8Pair):
+            return self._int8(self._int8(x, weight.first), weight.second, add_to=h)
+        if isinstance(weight, MixedPair):
             return self.add_linear(h, self.linear(x, weight.first), weight.second)
         if isinstance(weight, Int8Matrix):
-            return int8_linear(self.gpu, x, weight, self.dtype, add_to=h)
+            return self._int8(x, weight, add_to=h)
         return (h if weight.bias is None else h.add_(weight.bias)).addmm_(x, weight.weight.T)
 
     def mlp_input(self, h: Tensor, norm: Norm, weight: GateUp) -> Tensor:
         """See Ops; where fused a view of rows padded with zeros to a multiple of 128."""
         if isinstance(weight, FusedGateUp) and len(h) <= DECODE_ROWS:
             return gate_up_silu(self.gpu, h, weight.matrix, weight.width, norm=norm)
+        if isinstance(weight, FusedGateUp) and self.int8_prefill:
+            rows, n = quantize_rows(h, weight.matrix.width, norm), weight.matrix.rows // 2
+            parts = (weight.matrix.part(0, n), weight.matrix.part(n, 2 * n))
+            return silu_mul(*(int8_rows_linear(self.gpu, rows, part, self.dtype) for part in parts))[:, : weight.width]
         x = self.rms_norm(h, norm.weight, norm.eps)
         if isinstance(weight, FusedGateUp):
             return gate_up_silu(self.gpu, x, weight.matrix, weight.width)
@@ -202,6 +213,15 @@ class TritonOps:
             return int8_linear(self.gpu, x, weight, out_dtype or self.dtype)
         return F.linear(x, weight.weight, weight.bias).to(out_dtype or self.dtype)
 
+    def _int8(self, x: Tensor, matrix: Int8Matrix, *, norm: Norm | None = None, add_to: Tensor | None = None) -> Tensor:
+        """A product inside a layer: few rows with the norm folded in, many with a norm before or in int8."""
+        if len(x) <= DECODE_ROWS:
+            return int8_linear(self.gpu, x, matrix, self.dtype, norm=norm, add_to=add_to)
+        if self.int8_prefill:
+            return int8_rows_linear(self.gpu, quantize_rows(x, matrix.width, norm), matrix, self.dtype, add_to)
+        normed = x if norm is None else self.rms_norm(x, norm.weight, norm.eps)
+        return int8_linear(self.gpu, normed, matrix, self.dtype, add_to=add_to)
+
     def _second_factors(self, x: Tensor, weight: HeadProjections) -> list[Tensor]:
         """q, k, v from what the first factors made: a product each, or the columns themselves."""
         starts, outputs = weight.heads.starts, []
@@ -209,7 +229,7 @@ class TritonOps:
             return list(torch.split(x, list(weight.heads.rows), 1))
         for i, (start, width, rows) in enumerate(zip(starts, weight.heads.widths, weight.heads.rows, strict=True)):
             if width:
-                outputs.append(self.linear(x[:, start : start + width], weight.heads.matrix(i)))
+                outputs.append(self._int8(x[:, start : start + width], weight.heads.matrix(i)))
             else:
                 outputs.append(x[:, start : start + rows])
         return outputs

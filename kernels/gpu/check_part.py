@@ -21,14 +21,14 @@ import torch
 from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_correctness import LLAMA, TINY, CorrectnessChecks
 from kernels.gpu.check_decode import VARIANTS, measure_decoding
-from kernels.gpu.check_speed import copy_bandwidth, decode_attention, int8_products
+from kernels.gpu.check_speed import copy_bandwidth, decode_attention, int8_products, prefill_products
 from kernels.gpu.check_tune import tune
 from kernels.gpu.plan import LLAMA_2_7B, LLAMA_3_8B, TINY_MODEL
 
 Row = dict[str, Any]
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _GROUPS = (
-    "embed", "add_linear", "attention_input", "mlp_input", "norms", "attention", "attention, window",
+    "embed", "add_linear", "attention_input", "mlp_input", "norms", "int8 prefill", "attention", "attention, window",
     "attention, int8 cache", "attention, int8 cache, window",
 )  # fmt: skip
 _SHAPES = {shape.name: shape for shape in (LLAMA_2_7B, LLAMA_3_8B)}
@@ -80,6 +80,7 @@ def rows_of(part: str, settings: Settings) -> Iterator[Row]:
     elif section == "gemm":
         rows = (1, 65) if settings.small else (1, 4, 16, 64, 256)
         yield from int8_products(_ops(settings), shape, rows, settings.copy_tb_per_s, repeats)
+        yield from prefill_products(_ops(settings), shape, [65] if settings.small else [256, 1024], repeats)
     elif section == "attention":
         sizes, contexts = ((1,), (20,)) if settings.small else ((1, 8), (512, 2048, 8192))
         yield from decode_attention(_ops(settings), shape, sizes, contexts, settings.copy_tb_per_s, repeats)

@@ -83,6 +83,23 @@ def int8_products(
             }  # fmt: skip
 
 
+def prefill_products(ops: TritonOps, shape: ModelShape, rows: Sequence[int], repeats: int = _REPEATS) -> Iterator[Row]:
+    """Products of long steps with 16-bit and with int8 activations (rounding included): TFLOP/s, beside cuBLAS."""
+    make, w8a8 = Maker(ops.device), TritonOps(ops.device, ops.dtype, int8_prefill=True)
+    for name, out, inner in (("o", shape.hidden, shape.hidden), ("down", shape.hidden, shape.width)):
+        weight, dense = ops.prepare_linear(make.int8(out, inner)), make.dense(out, inner, ops.dtype).weight
+        for m in rows:
+            x, h = (make.normal(m, n, dtype=ops.dtype) for n in (inner, out))
+            calls = {
+                "w8a16": partial(ops.add_linear, h, x, weight),
+                "w8a8": partial(w8a8.add_linear, h, x, weight),
+                "cublas": partial(F.linear, x, dense),
+            }
+            times = {kind: seconds_per_call([call], ops.device, repeats) for kind, call in calls.items()}
+            rates = {f"{kind}_tflops": 2e-12 * m * out * inner / seconds for kind, seconds in times.items()}
+            yield {"model": shape.name, "prefill": name, "rows": m, **rates}
+
+
 def decode_attention(
     ops: TritonOps,
     shape: ModelShape,

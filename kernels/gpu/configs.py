@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["linear", "normed", "heads", "gate_up"]  # normed: a linear with the norm of its input folded in
+Kernel = Literal["linear", "normed", "heads", "gate_up", "int8_rows"]  # normed: the norm of the input folded in
 
 PAD = 128  # K, ranks and MLP widths are padded to this when loaded: rows stay 16-byte aligned, the inner loop unmasked
 SPLIT_LEN = 256  # tokens per split of decode attention; fixed, so that a result does not depend on the rest of a batch
@@ -68,6 +68,7 @@ _GENERAL: dict[Kernel, _Table] = {
         (64, TileConfig(64, 64, 64, 8, 3)),
         (None, TileConfig(128, 64, 64, 8, 3)),
     ),
+    "int8_rows": ((None, TileConfig(128, 128, 128, 8, 3)),),
 }
 ROW_BUCKETS = (4, 16, 32, 64)  # the decode classes of rows above
 
@@ -85,7 +86,7 @@ def tile_config(kernel: Kernel, rows: int, n: int, k: int, dtype: torch.dtype, a
     """
     if arch == 0:
         return replace(_INTERPRETED, split_k=2 if rows <= DECODE_ROWS and kernel != "gate_up" and k > PAD else 1)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and kernel != "int8_rows":
         return _FLOAT32
     bucket = next((limit for limit in ROW_BUCKETS if rows <= limit), 0)
     found = MEASURED.get((kernel, arch, bucket, n, k))
@@ -94,7 +95,9 @@ def tile_config(kernel: Kernel, rows: int, n: int, k: int, dtype: torch.dtype, a
     tile = next(tile for limit, tile in _GENERAL[kernel] if limit is None or rows <= limit)
     if k % tile.block_k:
         tile = replace(tile, block_k=PAD)
-    return tile if rows > DECODE_ROWS or kernel == "gate_up" else _spread(tile, n, k, MULTIPROCESSORS[arch])
+    return (
+        tile if rows > DECODE_ROWS or kernel in ("gate_up", "int8_rows") else _spread(tile, n, k, MULTIPROCESSORS[arch])
+    )
 
 
 def _spread(tile: TileConfig, n: int, k: int, programs: int) -> TileConfig:

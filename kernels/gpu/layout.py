@@ -8,7 +8,7 @@ after the other, so that one launch serves them. Scales stay float32, one per ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,16 @@ class Int8Matrix:
     def nbytes(self) -> int:
         """Bytes resident, padding included."""
         return self.weight.nbytes + self.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def part(self, begin: int, end: int) -> Int8Matrix:
+        """Rows begin to end, a view."""
+        return replace(
+            self,
+            weight=self.weight[begin * self.width : end * self.width],
+            scale=self.scale[begin:end],
+            bias=None if self.bias is None else self.bias[begin:end],
+            rows=end - begin,
+        )
 
 
 @dataclass(slots=True)

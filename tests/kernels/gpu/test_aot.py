@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURES = [80, 86, 89, 90]
 TILE_INDEX_CONVERSIONS = 4  # the integer divisions that find the tile of a program go through floats
 KERNELS = [
-    "int8_linear", "head_linear", "gate_up", "silu_mul", "rms_norm", "embedding", "transform_heads",
-    "decode_attention", "prefill_attention", "merge_splits",
+    "int8_linear", "head_linear", "gate_up", "int8_rows_linear", "quantize_rows", "silu_mul", "rms_norm", "embedding",
+    "transform_heads", "decode_attention", "prefill_attention", "merge_splits",
 ]  # fmt: skip
 
 

@@ -63,6 +63,8 @@ def test_every_measurement_runs(part, settings):
     assert json.dumps(rows)
     if part.startswith("gemm"):
         cases = list(product_cases(TritonOps(settings.device, torch.float16), TINY_MODEL))
+        assert [row["prefill"] for row in rows if "prefill" in row] == ["o", "down"]
+        rows = [row for row in rows if "name" in row]
         assert [row["name"] for row in rows if row["rows"] == 1] == [case.name for case in cases]
         assert {row["name"] for row in rows if row["rows"] > 64} == {case.name for case in cases if case.takes(65)}
     if part.startswith("attention"):
