@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kernels.gpu.configs import FEW_ROWS, SPLIT_LEN, TileConfig, decode_config, prefill_config, tile_config
-from kernels.gpu.decode_attention import decode_attention_kernel, merge_splits_kernel
+from kernels.gpu.decode_attention import decode_attention_kernel
 from kernels.gpu.embedding import embedding_kernel
 from kernels.gpu.gate_up import gate_up_silu_kernel, silu_mul_kernel
 from kernels.gpu.head_linear import head_linear_kernel
@@ -79,10 +79,6 @@ def _specs(activation: str, arch: int) -> Iterator[KernelSpec]:
             core=kind == core_cache,
         )  # fmt: skip
         yield from _attention(activation, dtype, kind, cache, int8, core=kind == core_cache)
-    yield _spec(
-        "merge_splits", merge_splits_kernel, activation, {},
-        {"D": _HEAD_DIM, "D_PAD": _HEAD_DIM, "SPLIT": SPLIT_LEN, "BLOCK": 16}, 2,
-    )  # fmt: skip
 
 
 def _products(
@@ -150,7 +146,7 @@ def _attention(
     tile = decode_config(1, _HEAD_DIM)
     yield _spec(
         f"decode_attention {kind}", decode_attention_kernel, activation, cache,
-        common | {"GROUP": 4, "ROWS": tile.block_rows, "BLOCK": tile.block_len, "SPLIT": SPLIT_LEN,
+        common | {"GROUP": 4, "ROWS": tile.block_rows, "BLOCK": tile.block_len, "SPLIT": SPLIT_LEN, "MERGE": 16,
                   "WINDOWED": int8, "DIRECT": False},
         tile.num_warps, tile.num_stages, aligned, core=core,
     )  # fmt: skip

@@ -3,11 +3,11 @@
 Nothing here waits for the device or reads from it, so that a whole step can be captured in a CUDA graph. Under
 TRITON_INTERPRET=1 the same code runs on CPU tensors, slowly: that is how it is tested without a GPU.
 
-Steps of up to `DECODE_ROWS` tokens take the fused kernels: a low-rank layer is eight launches, one of plain int8
-matrices six (one fewer while a context fits one split of decode attention). Longer steps norm their input in a kernel
-of its own: folded in, every program would repeat the arithmetic of its rows beside tensor cores that are already busy
-(a tile of 128 x 128 x 64 takes about 512 cycles of them and 8,192 elements to convert, multiply and round), while the
-kernel moves 8 MB for 512 x 4,096, some 3 us of a layer's hundreds.
+Steps of up to `DECODE_ROWS` tokens take the fused kernels: a low-rank layer is seven launches, one of plain int8
+matrices five. Longer steps norm their input in a kernel of its own: folded in, every program would repeat the
+arithmetic of its rows beside tensor cores that are already busy (a tile of 128 x 128 x 64 takes about 512 cycles of
+them and 8,192 elements to convert, multiply and round), while the kernel moves 8 MB for 512 x 4,096, some 3 us of a
+layer's hundreds.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class TritonOps:
         q = q.contiguous()
         out = torch.empty_like(q)
         if batch.num_decodes:
-            decode_attention(q, kv, batch, scale, window, out)
+            decode_attention(self.gpu, q, kv, batch, scale, window, out)
         if batch.num_decodes < batch.context_lens.shape[0]:
             prefill_attention(q, kv, batch, scale, window, out)
         return out.flatten(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.gpu.configs import FEW_ROWS, MULTIPROCESSORS, Kernel, TileConfig, tile_config
 from kernels.gpu.layout import Int8Matrix
 
-_NUM_COUNTERS = 16384  # units of work (tiles, heads) of one launch that programs may share: 64 KB
+_NUM_COUNTERS = 65536  # units of work (tiles, heads) of one launch that programs may share: 256 KB
 
 
 @dataclass(slots=True)

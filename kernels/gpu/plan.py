@@ -82,10 +82,9 @@ def layer_launches(
         yield product("first factors of q, k, v", "normed", sum(ranks), h)
     yield heads((ranks[0], ranks[1], ranks[2]) if low_rank else (h, h, h))
     splits = -(-context // SPLIT_LEN)
-    yield Launch("attention over the cache", rows * shape.num_kv_heads * splits, 1, 0, 0)
-    if splits > 1:
-        cells = rows * shape.num_q_heads
-        yield Launch("merge of splits", cells, 1, 0, cells * splits * (shape.head_dim + 1) * 4)
+    cells = rows * shape.num_q_heads * (splits if splits > 1 else 0)
+    workspace = cells * (shape.head_dim + 1) * 4
+    yield Launch("attention over the cache", rows * shape.num_kv_heads * splits, 1, 0, workspace)
     if low_rank:
         yield product("o, first factor", "linear", ranks[0], shape.num_q_heads * shape.head_dim)
     yield product("o + residual", "linear", h, ranks[0] if low_rank else shape.num_q_heads * shape.head_dim)

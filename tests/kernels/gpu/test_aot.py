@@ -18,7 +18,7 @@ ARCHITECTURES = [80, 86, 89, 90]
 TILE_INDEX_CONVERSIONS = 4  # the integer divisions that find the tile of a program go through floats
 KERNELS = [
     "int8_linear", "head_linear", "gate_up", "int8_rows_linear", "quantize_rows", "silu_mul", "rms_norm", "embedding",
-    "transform_heads", "decode_attention", "prefill_attention", "merge_splits",
+    "transform_heads", "decode_attention", "prefill_attention",
 ]  # fmt: skip
 
 

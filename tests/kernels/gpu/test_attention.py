@@ -46,6 +46,7 @@ def test_attention(ops, exact, make, close, case, kind):
     got = ops.attention(q, kv, batch, head_dim**-0.5, window)
     want = exact.attention(q.double(), as_float64(kv), batch, head_dim**-0.5, window)
     close(ops, got, want, 2, head_dim + max(contexts))
+    assert torch.count_nonzero(ops.gpu.counters) == 0  # ready for the next launch
 
 
 def test_int8_values_of_very_different_scales(ops, exact, make, close):
