@@ -76,10 +76,10 @@ def test_attention_input(ops, exact, make, close, kinds, rows, head_dim, norms, 
 
 
 @pytest.mark.parametrize("kinds", ["iii", "rli"])
-@pytest.mark.parametrize(("block_n", "split"), [(16, 1), (16, 3), (64, 2)])
-def test_programs_that_share_a_head(ops, exact, make, close, kinds, block_n, split):
+@pytest.mark.parametrize(("block_n", "split", "rows"), [(16, 1, 18), (32, 3, 3), (64, 2, 18)])
+def test_programs_that_share_a_head(ops, exact, make, close, kinds, block_n, split, rows):
     weights = projections(ops, make, kinds, 1, 1, 48)
-    h, norm, heads, slots, kv, exact_kv = inputs(ops, make, 18, 1, 48, True, ops.dtype)
+    h, norm, heads, slots, kv, exact_kv = inputs(ops, make, rows, 1, 48, True, ops.dtype)
     prepared = ops.prepare_qkv(*weights)
     tile = TileConfig(16, block_n, 128, 4, 1, split)
     if kinds == "iii":
