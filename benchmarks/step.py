@@ -104,8 +104,8 @@ def main() -> None:
     rows = {}
     for count in streams:
         rows[count] = row = measure(runner, count, arguments, source.spec.vocab_size)
-        print(f"{ops.name} x{count:<3} prompts {row['prefill_ms']:8.1f} ms   step {row['step_ms_min']:7.2f} ms at best, "
-              f"{row['step_ms_median']:7.2f} median, {row['step_ms_90']:7.2f} 90 %   outside the model "
+        print(f"{ops.name} x{count:<3} prompts {row['prefill_ms']:8.1f} ms   step {row['step_ms_min']:7.2f} ms at "
+              f"best, {row['step_ms_median']:7.2f} median, {row['step_ms_90']:7.2f} 90 %   outside the model "
               f"{row['outside_model_ms_median']:.2f} ms", flush=True)  # fmt: skip
     calls = calls_per_step(runner, arguments, source.spec.vocab_size)
     print(f"{calls:.0f} Python calls in a step of one stream; weights {used.weights + used.low_rank} bytes")

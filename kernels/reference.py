@@ -18,12 +18,17 @@ from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
 
 class ReferenceOps:
-    """Keeps weights as they were stored and dequantizes at each use. `dtype` may be float64."""
+    """Keeps weights as they were stored and dequantizes at each use. `dtype` may be float64.
+
+    With `int8_prefill_above` layers round the inputs of int8 matrices to int8 in steps of more rows than that: what
+    the W8A8 mode of `kernels.gpu.int8_prefill` computes.
+    """
 
     name = "reference"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, int8_prefill_above: int | None = None) -> None:
         self.device = device
+        self._int8_prefill_above = int8_prefill_above
         self.dtype = dtype
 
     def use_threads(self, count: int) -> None:
@@ -70,18 +75,25 @@ class ReferenceOps:
             y = F.linear(x, weight.weight.to(x.dtype))
         return y if weight.bias is None else y + weight.bias.to(x.dtype)
 
+    def _layer_linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        if self._int8_prefill_above is None or len(x) <= self._int8_prefill_above:
+            return self.linear(x, weight)
+        if isinstance(weight, LowRankWeight) and isinstance(weight.down, Int8Weight):
+            return self._layer_linear(self._layer_linear(x, weight.down), weight.up)
+        return self.linear(int8_rows(x) if isinstance(weight, Int8Weight) else x, weight)
+
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """x [T, hidden] -> float32 [T, vocab]."""
         return self.linear(x, weight).float()
 
     def qkv(self, x: Tensor, weight: tuple[LinearWeight, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> q, k, v."""
-        q, k, v = (self.linear(x, w) for w in weight)
+        q, k, v = (self._layer_linear(x, w) for w in weight)
         return q, k, v
 
     def gate_up_silu(self, x: Tensor, weight: tuple[LinearWeight, ...]) -> Tensor:
         """x [T, hidden] -> [T, width]."""
-        gate, up = (self.linear(x, w) for w in weight)
+        gate, up = (self._layer_linear(x, w) for w in weight)
         return F.silu(gate) * up
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -89,11 +101,6 @@ class ReferenceOps:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight.to(x.dtype) * normed.to(x.dtype)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total
 
     def run_layers(
         self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
@@ -117,7 +124,7 @@ class ReferenceOps:
 
     def add_linear(self, h: Tensor, x: Tensor, weight: LinearWeight) -> Tensor:
         """See Ops."""
-        return h + self.linear(x, weight)
+        return h + self._layer_linear(x, weight)
 
     def mlp_input(self, h: Tensor, norm: Norm, weight: tuple[LinearWeight, ...]) -> Tensor:
         """See Ops."""
@@ -170,6 +177,12 @@ def store(x: Tensor, cache: Tensor, scale: Tensor | None, slots: Tensor) -> None
     step = (x.float().abs().amax(-1) / 127).clamp_min(1e-12)
     scale[slots] = step
     cache[slots] = (x.float() / step[..., None]).round().clamp(-127, 127).to(torch.int8)
+
+
+def int8_rows(x: Tensor) -> Tensor:
+    """x [..., n] rounded to multiples of absmax / 127 of each row: int8 with one scale per token."""
+    step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
+    return (x / step).round() * step
 
 
 def gather(cache: Tensor, scale: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:

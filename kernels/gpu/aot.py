@@ -83,7 +83,7 @@ def _resources(cubin: bytes, sass: bool) -> dict[str, int]:
         "loop_spills": loop_spills(code),
         "instructions": len(opcodes),
         "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
-        "tensor_core": sum(op.startswith(("HMMA", "HGMMA", "WGMMA")) for op in opcodes),
+        "tensor_core": sum(op.startswith(("HMMA", "HGMMA", "IMMA", "IGMMA")) for op in opcodes),
         "async_copies": sum(op.startswith("LDGSTS") for op in opcodes),
         "conversions": sum(op.startswith("I2F") for op in opcodes),
     }
@@ -112,7 +112,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _compile_numbered(number: int, arch: int, sass: bool) -> dict[str, Any]:
-    return compile_kernel(kernel_specs()[number], arch, sass)
+    return compile_kernel(kernel_specs(arch)[number], arch, sass)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,14 +125,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    specs = kernel_specs()
-    if not isinstance(specs[0].kernel, JITFunction):
+    if not isinstance(kernel_specs(80)[0].kernel, JITFunction):
         print("TRITON_INTERPRET is set; unset it: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     work = [
         (number, int(arch), options.sass)
         for arch in options.arch.split(",")
-        for number, spec in enumerate(specs)
+        for number, spec in enumerate(kernel_specs(int(arch)))
         if options.only in spec.name and (spec.core or not options.core)
     ]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

@@ -6,25 +6,28 @@ from the same tables (`configs`), so that a change there is compiled too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kernels.gpu.configs import SPLIT_LEN, decode_config, gate_up_config, int8_linear_config, prefill_config
-from kernels.gpu.decode_attention import decode_attention_kernel, merge_splits_kernel
+from kernels.gpu.configs import FEW_ROWS, SPLIT_LEN, TileConfig, decode_config, prefill_config, tile_config
+from kernels.gpu.decode_attention import decode_attention_kernel
 from kernels.gpu.embedding import embedding_kernel
 from kernels.gpu.gate_up import gate_up_silu_kernel, silu_mul_kernel
+from kernels.gpu.head_linear import head_linear_kernel
+from kernels.gpu.heads import transform_heads_kernel
 from kernels.gpu.int8_linear import int8_linear_kernel
+from kernels.gpu.int8_prefill import int8_rows_linear_kernel, quantize_rows_kernel
 from kernels.gpu.norm import rms_norm_kernel
 from kernels.gpu.prefill_attention import prefill_attention_kernel
-from kernels.gpu.rotary_store import rotary_store_kernel
 
 _DTYPES = {"*fp16": torch.float16, "*bf16": torch.bfloat16}
-_ROWS = (16, 32, 64, 128)  # one per entry of the tile tables
+_ROWS = (1, 16, 32, 64, 128)  # one per entry of the tile tables
 _HEAD_DIM = 128
 _PAGE = 16
+_CACHE_STRIDES = ("slot_stride", "head_stride")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,69 +43,99 @@ class KernelSpec:
     core: bool  # compiled in the short run: each kernel, not each tile
 
 
-def kernel_specs() -> list[KernelSpec]:
+def kernel_specs(arch: int) -> list[KernelSpec]:
     """All compilations of one architecture, for fp16 and bf16."""
-    return [spec for pointer in _DTYPES for spec in _specs(pointer)]
+    return [spec for pointer in _DTYPES for spec in _specs(pointer, arch)]
 
 
-def _specs(activation: str) -> Iterator[KernelSpec]:
+def _specs(activation: str, arch: int) -> Iterator[KernelSpec]:
     dtype = _DTYPES[activation]
     magic = dtype == torch.float16
     weight = "*u8" if magic else "*i8"
-    for rows in _ROWS:
-        yield _linear(activation, weight, magic, rows, chained=False, mask_k=False, core=rows == 128)
-    yield _linear(activation, weight, magic, 16, chained=False, mask_k=True, core=False)
-    yield _linear(activation, weight, magic, 16, chained=True, mask_k=False, core=True)
-    for rows in _ROWS:
-        tile = gate_up_config(rows, dtype, interpreted=False)
-        constants: dict[str, Any] = {"HAS_BIAS": False, "MASK_K": False, "MAGIC": magic, "UPCAST": False}
-        constants |= {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k}
-        yield _spec(
-            f"gate_up m{rows}", gate_up_silu_kernel, activation, {"weight": weight}, constants, tile.num_warps,
-            tile.num_stages, ("N", "K", "x_stride", "k_valid"), core=rows == 64,
-        )  # fmt: skip
+    common: dict[str, Any] = {"MAGIC": magic, "UPCAST": False}
+    yield from _products(activation, dtype, arch, {"weight": weight}, common | {"HAS_BIAS": False})
+    tile = tile_config("int8_rows", 512, 4096, 4096, dtype, arch)
+    constants = {"HAS_BIAS": False, "ADD": True, "MAGIC": magic, "GROUP_M": 8}
+    yield _tiled(
+        "int8_rows_linear m512", int8_rows_linear_kernel, activation, {"x": "*i8", "step": "*fp32", "weight": weight},
+        constants, tile, ("N", "K"), core=True,
+    )  # fmt: skip
+    yield _spec(
+        "quantize_rows", quantize_rows_kernel, activation, {"values": "*i8", "step": "*fp32"},
+        {"NORM": True, "BLOCK": 16384}, 16, aligned=("n", "width", "x_stride"),
+    )  # fmt: skip
     yield _spec("silu_mul", silu_mul_kernel, activation, {}, {"BLOCK": 1024}, 4)
-    yield _spec("add_rms_norm", rms_norm_kernel, activation, {}, {"ADD": True, "BLOCK": 4096}, 8, aligned=("n",))
+    yield _spec("rms_norm", rms_norm_kernel, activation, {}, {"BLOCK": 4096}, 8, aligned=("n",))
     yield _spec(
         "embedding", embedding_kernel, activation, {"weight": weight, "token_ids": "*i64"},
         {"MAGIC": magic, "BLOCK": 1024}, 4, aligned=("n", "stride"),
     )  # fmt: skip
     core_cache = "16-bit" if magic else "int8"  # the short run takes one kind of cache per dtype
-    cache = {"16-bit": activation, "int8": "*i8"}
-    for kind, pointer in cache.items():
+    for kind, cache in _caches(activation).items():
         int8 = kind == "int8"
-        types = {"k_cache": pointer, "v_cache": pointer}
         yield _spec(
-            f"rotary_store {kind}", rotary_store_kernel, activation, types | {"slots": "*i64"},
-            {"HALF": _HEAD_DIM // 2, "BLOCK": _HEAD_DIM // 2, "INT8": int8}, 1,
-            aligned=("q_stride", "k_stride", "v_stride", "slot_stride", "head_stride"),
+            f"transform_heads {kind}", transform_heads_kernel, activation, cache,
+            _head_constants(int8) | {"ROWS": 4}, 4, aligned=("q_stride", "k_stride", "v_stride", *_CACHE_STRIDES),
             core=kind == core_cache,
         )  # fmt: skip
-        yield from _attention(activation, dtype, kind, types, int8, core=kind == core_cache)
-    yield _spec(
-        "merge_splits", merge_splits_kernel, activation, {},
-        {"D": _HEAD_DIM, "D_PAD": _HEAD_DIM, "SPLIT": SPLIT_LEN, "BLOCK": 16}, 2,
-    )  # fmt: skip
+        yield from _attention(activation, dtype, kind, cache, int8, core=kind == core_cache)
 
 
-def _linear(
-    activation: str, weight: str, magic: bool, rows: int, chained: bool, mask_k: bool, core: bool
-) -> KernelSpec:
-    tile = int8_linear_config(rows, _DTYPES[activation], interpreted=False)
-    constants: dict[str, Any] = {
-        "HAS_BIAS": chained,
-        "MASK_K": mask_k,
-        "CHAINED": chained,
-        "GROUPS": 3 if chained else 1,
-    }
-    constants |= {"MAGIC": magic, "UPCAST": False, "GROUP_M": 8}
-    constants |= {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k}
-    aligned = ["x_stride", "n0", "n1", "n2", "k0", "k1", "k2", "x0", "x1", "x2"] + ([] if mask_k else ["k_valid"])
-    name = f"int8_linear m{rows}" + (" chained" if chained else "") + (" masked" if mask_k else "")
-    return _spec(
-        name, int8_linear_kernel, activation, {"weight": weight}, constants, tile.num_warps, tile.num_stages, aligned,
-        core=core,
-    )  # fmt: skip
+def _products(
+    activation: str, dtype: torch.dtype, arch: int, types: Mapping[str, str], common: Mapping[str, Any]
+) -> Iterator[KernelSpec]:
+    sizes = ("N", "K", "x_stride", "k_valid")
+    for rows in _ROWS:
+        decode = rows <= 64
+        plain = {"GROUP_M": 8, "MASK_K": False}
+        for name, n, k, flags in (
+            ("norm", 3072, 4096, {"NORM": True, "ADD": False}),  # first factors of q, k, v
+            ("add", 4096, 10496, {"NORM": False, "ADD": True}),  # down
+        ):
+            if decode or name == "add":
+                tile = tile_config("linear" if name == "add" else "normed", rows, n, k, dtype, arch)
+                constants = {**common, **plain, **flags, "SPLIT_K": tile.split_k}
+                label = f"int8_linear {name} m{rows}"
+                core = rows in (1, 128)
+                yield _tiled(label, int8_linear_kernel, activation, types, constants, tile, sizes, core)
+        tile = tile_config("gate_up", rows, 11008, 4096, dtype, arch)
+        constants = {**common, "NORM": decode, "MASK_K": False}
+        yield _tiled(
+            f"gate_up m{rows}", gate_up_silu_kernel, activation, types, constants, tile, sizes, core=rows == 64
+        )
+        if decode:
+            yield from _heads(activation, dtype, arch, rows, types, common)
+    tile = tile_config("normed", 1, 4096, 4096, dtype, arch)
+    masked = {**common, "GROUP_M": 8, "MASK_K": True, "NORM": True, "ADD": False, "SPLIT_K": tile.split_k}
+    yield _tiled("int8_linear masked m1", int8_linear_kernel, activation, types, masked, tile, sizes[:3], core=False)
+
+
+def _heads(
+    activation: str, dtype: torch.dtype, arch: int, rows: int, types: Mapping[str, str], common: Mapping[str, Any]
+) -> Iterator[KernelSpec]:
+    for name, width, flags in (
+        ("dense", 4096, {"NORM": True, "CHAINED": False, "Q_NORM": True, "K_NORM": True}),
+        ("factors", 1024, {"NORM": False, "CHAINED": True, "Q_NORM": False, "K_NORM": False}),
+    ):
+        tile = tile_config("heads", rows, 6144, width, dtype, arch)
+        for kind, cache in _caches(activation).items():
+            constants = {**common, **_head_constants(kind == "int8"), **flags, "MASK_K": False, "ROWS": 16}
+            yield _tiled(
+                f"head_linear {name} {kind} m{rows}", head_linear_kernel, activation, {**types, **cache},
+                constants | {"SPLIT_K": tile.split_k}, tile,
+                ("x_stride", "k_valid", "k0", "k1", "k2", "x0", "x1", "x2", *_CACHE_STRIDES),
+                core=rows == 1 and kind == "int8",
+            )  # fmt: skip
+
+
+def _caches(activation: str) -> dict[str, dict[str, str]]:
+    pointers = {"16-bit": activation, "int8": "*i8"}
+    return {kind: {"k_cache": pointer, "v_cache": pointer, "slots": "*i64"} for kind, pointer in pointers.items()}
+
+
+def _head_constants(int8: bool) -> dict[str, Any]:
+    half = _HEAD_DIM // 2
+    return {"Q_NORM": True, "K_NORM": True, "INT8": int8, "HALF": half, "HALF_PAD": half}
 
 
 def _attention(
@@ -113,7 +146,7 @@ def _attention(
     tile = decode_config(1, _HEAD_DIM)
     yield _spec(
         f"decode_attention {kind}", decode_attention_kernel, activation, cache,
-        common | {"GROUP": 4, "ROWS": tile.block_rows, "BLOCK": tile.block_len, "SPLIT": SPLIT_LEN,
+        common | {"GROUP": 4, "ROWS": tile.block_rows, "BLOCK": tile.block_len, "SPLIT": SPLIT_LEN, "MERGE": 16,
                   "WINDOWED": int8, "DIRECT": False},
         tile.num_warps, tile.num_stages, aligned, core=core,
     )  # fmt: skip
@@ -125,10 +158,22 @@ def _attention(
     )  # fmt: skip
 
 
+def _tiled(
+    name: str, kernel: Any, activation: str, types: Mapping[str, str], constants: Mapping[str, Any], tile: TileConfig,
+    aligned: Iterable[str], core: bool,
+) -> KernelSpec:  # fmt: skip
+    blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k}
+    if "SM" in kernel.arg_names:
+        blocks["SM"] = FEW_ROWS if name.endswith(" m1") else tile.block_m
+    return _spec(
+        name, kernel, activation, types, {**constants, **blocks}, tile.num_warps, tile.num_stages, aligned, core
+    )
+
+
 _FLOAT32 = {"scale", "bias", "cos", "sin", "k_scale", "v_scale", "partial", "partial_lse"}
-_INT32 = {"block_tables", "context_lens", "query_starts"}
-_FLOAT_SCALARS = {"eps", "scale_log2"}
-_ACTIVATIONS = {"x", "q", "k", "v", "q_out", "out", "gate", "up", "residual", "weight"}
+_INT32 = {"block_tables", "context_lens", "query_starts", "counters"}
+_FLOAT_SCALARS = {"eps", "q_eps", "k_eps", "scale_log2"}
+_ACTIVATIONS = {"x", "q", "k", "v", "q_out", "out", "gate", "up", "weight", "norm_weight", "q_norm", "k_norm", "gains"}
 
 
 def _spec(
@@ -139,7 +184,7 @@ def _spec(
     constants: Mapping[str, Any],
     num_warps: int,
     num_stages: int = 3,
-    aligned: tuple[str, ...] | list[str] = (),
+    aligned: Iterable[str] = (),
     core: bool = True,
 ) -> KernelSpec:
     """Types not given follow from the names of arguments, which mean the same in every kernel."""

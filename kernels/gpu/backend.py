@@ -2,6 +2,12 @@
 
 Nothing here waits for the device or reads from it, so that a whole step can be captured in a CUDA graph. Under
 TRITON_INTERPRET=1 the same code runs on CPU tensors, slowly: that is how it is tested without a GPU.
+
+Steps of up to `DECODE_ROWS` tokens take the fused kernels: a low-rank layer is seven launches, one of plain int8
+matrices five. Longer steps norm their input in a kernel of its own: folded in, every program would repeat the
+arithmetic of its rows beside tensor cores that are already busy (a tile of 128 x 128 x 64 takes about 512 cycles of
+them and 8,192 elements to convert, multiply and round), while the kernel moves 8 MB for 512 x 4,096, some 3 us of a
+layer's hundreds.
 """
 
 from __future__ import annotations
@@ -14,15 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from kernels.gpu.configs import DECODE_ROWS
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.embedding import embedding
 from kernels.gpu.gate_up import gate_up_silu, silu_mul
-from kernels.gpu.int8_linear import int8_linear_kernel
-from kernels.gpu.layout import DenseMatrix, Int8Matrices, dense_matrix, int8_matrices
-from kernels.gpu.low_rank import Int8Group, grouped_linear, int8_group, is_int8
-from kernels.gpu.norm import add_rms_norm, rms_norm
+from kernels.gpu.head_linear import head_linear
+from kernels.gpu.heads import transform_heads
+from kernels.gpu.int8_linear import int8_linear, int8_linear_kernel
+from kernels.gpu.int8_prefill import int8_rows_linear, quantize_rows
+from kernels.gpu.launch import GpuContext
+from kernels.gpu.layout import (
+    DenseMatrix,
+    HeadProjections,
+    Int8Matrix,
+    Int8Pair,
+    dense_matrix,
+    head_projections,
+    int8_matrix,
+    int8_pair,
+    is_int8,
+)
+from kernels.gpu.norm import rms_norm
 from kernels.gpu.prefill_attention import prefill_attention
-from kernels.gpu.rotary_store import rotary_store
 from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
@@ -34,8 +53,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class MixedPair:
     """A low-rank pair of which at least one factor is float: two products one after the other."""
 
-    first: DenseMatrix | Int8Group
-    second: DenseMatrix | Int8Group
+    first: DenseMatrix | Int8Matrix
+    second: DenseMatrix | Int8Matrix
 
     @property
     def nbytes(self) -> int:
@@ -43,34 +62,22 @@ class MixedPair:
         return self.first.nbytes + self.second.nbytes
 
 
-Linear = DenseMatrix | Int8Group | MixedPair
-
-
-@dataclass(slots=True)
-class Projections:
-    """q, k, v: those that are int8 share launches, the others go one by one."""
-
-    grouped: Int8Group | None
-    single: tuple[Linear | None, ...]  # None where the projection is in the group
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident."""
-        total = 0 if self.grouped is None else self.grouped.nbytes
-        return total + sum(linear.nbytes for linear in self.single if linear is not None)
-
-
 @dataclass(slots=True)
 class FusedGateUp:
     """Both int8 matrices of the MLP input, for one launch."""
 
-    matrices: Int8Matrices
+    matrix: Int8Matrix  # gate, then up, each padded to a multiple of 128 rows
     width: int
 
     @property
     def nbytes(self) -> int:
         """Bytes resident."""
-        return self.matrices.nbytes
+        return self.matrix.nbytes
+
+
+Linear = DenseMatrix | Int8Matrix | Int8Pair | MixedPair
+Projections = HeadProjections | tuple[Linear, Linear, Linear]  # fused where all three are int8
+GateUp = FusedGateUp | tuple[Linear, Linear]
 
 
 class TritonOps:
@@ -78,8 +85,12 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ValueError for another dtype, RuntimeError where the kernels cannot run on the device."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, int8_prefill: bool = False) -> None:
+        """With `int8_prefill` steps of more than `DECODE_ROWS` tokens round the inputs of int8 matrices to int8 as well
+        (one scale per token): faster and lossy, see `int8_prefill`; logits do not.
+
+        Raises ValueError for another dtype, RuntimeError where the kernels cannot run on the device.
+        """
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype} is none of float16, bfloat16, float32")
         interpreted = not isinstance(int8_linear_kernel, JITFunction)
@@ -91,6 +102,8 @@ class TritonOps:
             raise RuntimeError(f"device {device} cannot run Triton kernels; a CUDA device is needed")
         self.device = device
         self.dtype = dtype
+        self.int8_prefill = int8_prefill
+        self.gpu = GpuContext.of(device, dtype)
         self._magic = dtype == torch.float16  # see primitives.dequantize
 
     def use_threads(self, count: int) -> None:
@@ -99,72 +112,43 @@ class TritonOps:
 
     def prepare_linear(self, weight: LinearWeight) -> Linear:
         """Lay out one matrix. Raises ValueError when shapes disagree."""
+        if not isinstance(weight, LowRankWeight):
+            return self._matrix(weight)
         if is_int8(weight):
-            return int8_group([weight], self.device, self._magic)
-        if isinstance(weight, LowRankWeight):
-            if weight.up.shape[1] != weight.rank:
-                raise ValueError(f"factors {weight.up.shape} and {weight.down.shape} disagree in rank")
-            return MixedPair(self._factor(weight.down), self._factor(weight.up))
-        return self._factor(weight)
+            return int8_pair(weight, self.device, self._magic)
+        if weight.up.shape[1] != weight.rank:
+            raise ValueError(f"factors {weight.up.shape} and {weight.down.shape} disagree in rank")
+        return MixedPair(self._matrix(weight.down), self._matrix(weight.up))
 
     def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Projections:
-        """Lay out the three projections; the int8 ones among them share launches."""
+        """Lay out the three projections: fused where all are int8, pairs or not."""
         _check_same_input(q, k, v)
-        together = [w for w in (q, k, v) if is_int8(w)]
-        grouped = int8_group(together, self.device, self._magic) if together else None
-        return Projections(grouped, tuple(None if is_int8(w) else self.prepare_linear(w) for w in (q, k, v)))
+        if all(is_int8(weight) for weight in (q, k, v)):
+            return head_projections((q, k, v), self.device, self._magic)
+        return self.prepare_linear(q), self.prepare_linear(k), self.prepare_linear(v)
 
-    def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> FusedGateUp | tuple[Linear, Linear]:
+    def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> GateUp:
         """Lay out the two MLP projections: fused where both are plain int8."""
         _check_same_input(gate, up)
         if gate.shape != up.shape:
             raise ValueError(f"gate {gate.shape} and up {up.shape} differ in width")
         if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight):
-            return FusedGateUp(int8_matrices([gate, up], self.device, self._magic, pad_rows=True), gate.shape[0])
+            return FusedGateUp(int8_matrix([gate, up], self.device, self._magic, [True, True]), gate.shape[0])
         return self.prepare_linear(gate), self.prepare_linear(up)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseMatrix | Int8Group:
+    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseMatrix | Int8Matrix:
         """Lay out a table [vocab, hidden]; one layout serves `embed` and `logits`."""
-        return self._factor(weight)
+        return self._matrix(weight)
 
-    def nbytes(self, prepared: Linear | Projections | FusedGateUp | tuple[Linear, Linear]) -> int:
+    def nbytes(self, prepared: Linear | Projections | GateUp) -> int:
         """Bytes resident, padding included."""
         return sum(p.nbytes for p in prepared) if isinstance(prepared, tuple) else prepared.nbytes
 
-    def embed(self, token_ids: Tensor, table: DenseMatrix | Int8Group) -> Tensor:
+    def embed(self, token_ids: Tensor, table: DenseMatrix | Int8Matrix) -> Tensor:
         """token_ids int64 [T] -> [T, hidden]."""
-        if isinstance(table, Int8Group):
-            return embedding(token_ids, table.first, self.dtype)
+        if isinstance(table, Int8Matrix):
+            return embedding(token_ids, table, self.dtype)
         return F.embedding(token_ids, table.weight)
-
-    def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        """x [T, in] -> [T, out]."""
-        return self._linear(x, weight, self.dtype)
-
-    def logits(self, x: Tensor, weight: Linear) -> Tensor:
-        """x [T, hidden] -> float32 [T, vocab], not rounded to the dtype of activations in between where int8."""
-        return self._linear(x, weight, torch.float32)
-
-    def qkv(self, x: Tensor, weight: Projections) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, hidden] -> q [T, HQ*D], k [T, HKV*D], v [T, HKV*D], each contiguous."""
-        grouped = iter(() if weight.grouped is None else grouped_linear(x, weight.grouped, self.dtype))
-        q, k, v = (next(grouped) if single is None else self.linear(x, single) for single in weight.single)
-        return q, k, v
-
-    def gate_up_silu(self, x: Tensor, weight: FusedGateUp | tuple[Linear, Linear]) -> Tensor:
-        """silu(x gate^T) * (x up^T): [T, width]; where fused a view of rows padded with zeros to 128."""
-        if isinstance(weight, FusedGateUp):
-            return gate_up_silu(x, weight.matrices, weight.width)
-        gate, up = weight
-        return silu_mul(self.linear(x, gate), self.linear(x, up))
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., n] / rms(x) * weight [n], all in float32 and rounded once."""
-        return rms_norm(x, weight, eps)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual); overwrites `residual`."""
-        return add_rms_norm(x, residual, weight, eps)
 
     def run_layers(
         self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
@@ -177,28 +161,18 @@ class TritonOps:
         self, h: Tensor, norm: Norm, weight: Projections, heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
         """See Ops."""
-        width = kv.key.shape[-1]
-        x = self.rms_norm(h, norm.weight, norm.eps)
-        q, k, v = (part.view(len(h), -1, width) for part in self.qkv(x, weight))
-        if heads.q_norm is not None:
-            q = self.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
-        if heads.k_norm is not None:
-            k = self.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
-        return self.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
-
-    def add_linear(self, h: Tensor, x: Tensor, weight: Linear) -> Tensor:
-        """See Ops; overwrites `h`."""
-        return h.add_(self.linear(x, weight))
-
-    def mlp_input(self, h: Tensor, norm: Norm, weight: FusedGateUp | tuple[Linear, Linear]) -> Tensor:
-        """See Ops."""
-        return self.gate_up_silu(self.rms_norm(h, norm.weight, norm.eps), weight)
-
-    def rotary_store(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor
-    ) -> Tensor:
-        """Rotated q [T, HQ, D]; rotated k and v go to `slots` of the cache."""
-        return rotary_store(q, k, v, cos, sin, kv, slots)
+        if isinstance(weight, tuple):
+            x = self.rms_norm(h, norm.weight, norm.eps)
+            q, k, v = (self.linear(x, projection) for projection in weight)
+            return transform_heads(q, k, v, heads, kv, slots)
+        fused = len(h) <= DECODE_ROWS
+        if fused and weight.heads.starts is None:
+            return head_linear(self.gpu, h, weight.heads, heads, kv, slots, norm=norm)
+        x = self._int8(h, weight.first, norm=norm)
+        if fused:
+            return head_linear(self.gpu, x, weight.heads, heads, kv, slots)
+        q, k, v = self._second_factors(x, weight)
+        return transform_heads(q, k, v, heads, kv, slots)
 
     def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
         """q [T, HQ, D] over the paged cache -> [T, HQ * D]: decoding sequences first, then chunks."""
@@ -207,22 +181,76 @@ class TritonOps:
         q = q.contiguous()
         out = torch.empty_like(q)
         if batch.num_decodes:
-            decode_attention(q, kv, batch, scale, window, out)
+            decode_attention(self.gpu, q, kv, batch, scale, window, out)
         if batch.num_decodes < batch.context_lens.shape[0]:
             prefill_attention(q, kv, batch, scale, window, out)
         return out.flatten(1)
 
-    def _factor(self, weight: DenseWeight | Int8Weight) -> DenseMatrix | Int8Group:
-        if isinstance(weight, Int8Weight):
-            return int8_group([weight], self.device, self._magic)
-        return dense_matrix(weight, self.device, self.dtype)
-
-    def _linear(self, x: Tensor, weight: Linear, out_dtype: torch.dtype) -> Tensor:
+    def add_linear(self, h: Tensor, x: Tensor, weight: Linear) -> Tensor:
+        """See Ops; overwrites `h`, the sum is rounded once."""
+        if isinstance(weight, Int8Pair):
+            return self._int8(self._int8(x, weight.first), weight.second, add_to=h)
         if isinstance(weight, MixedPair):
-            return self._linear(self._linear(x, weight.first, self.dtype), weight.second, out_dtype)
-        if isinstance(weight, Int8Group):
-            return grouped_linear(x, weight, out_dtype)[0]
-        return F.linear(x, weight.weight, weight.bias).to(out_dtype)
+            return self.add_linear(h, self.linear(x, weight.first), weight.second)
+        if isinstance(weight, Int8Matrix):
+            return self._int8(x, weight, add_to=h)
+        return (h if weight.bias is None else h.add_(weight.bias)).addmm_(x, weight.weight.T)
+
+    def mlp_input(self, h: Tensor, norm: Norm, weight: GateUp) -> Tensor:
+        """See Ops; where fused a view of rows padded with zeros to a multiple of 128."""
+        if isinstance(weight, FusedGateUp) and len(h) <= DECODE_ROWS:
+            return gate_up_silu(self.gpu, h, weight.matrix, weight.width, norm=norm)
+        if isinstance(weight, FusedGateUp) and self.int8_prefill:
+            rows, n = quantize_rows(h, weight.matrix.width, norm), weight.matrix.rows // 2
+            parts = (weight.matrix.part(0, n), weight.matrix.part(n, 2 * n))
+            return silu_mul(*(int8_rows_linear(self.gpu, rows, part, self.dtype) for part in parts))[:, : weight.width]
+        x = self.rms_norm(h, norm.weight, norm.eps)
+        if isinstance(weight, FusedGateUp):
+            return gate_up_silu(self.gpu, x, weight.matrix, weight.width)
+        gate, up = weight
+        return silu_mul(self.linear(x, gate), self.linear(x, up))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., n] / rms(x) * weight [n], all in float32 and rounded once."""
+        return rms_norm(x, weight, eps)
+
+    def logits(self, x: Tensor, weight: Linear) -> Tensor:
+        """x [T, hidden] -> float32 [T, vocab], not rounded to the dtype of activations in between where int8."""
+        return self.linear(x, weight, torch.float32)
+
+    def linear(self, x: Tensor, weight: Linear, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, in] -> [T, out], in the dtype of activations where no other is given."""
+        if isinstance(weight, Int8Pair | MixedPair):
+            return self.linear(self.linear(x, weight.first), weight.second, out_dtype)
+        if isinstance(weight, Int8Matrix):
+            return int8_linear(self.gpu, x, weight, out_dtype or self.dtype)
+        return F.linear(x, weight.weight, weight.bias).to(out_dtype or self.dtype)
+
+    def _int8(self, x: Tensor, matrix: Int8Matrix, *, norm: Norm | None = None, add_to: Tensor | None = None) -> Tensor:
+        """A product inside a layer: few rows with the norm folded in, many with a norm before or in int8."""
+        if len(x) <= DECODE_ROWS:
+            return int8_linear(self.gpu, x, matrix, self.dtype, norm=norm, add_to=add_to)
+        if self.int8_prefill:
+            return int8_rows_linear(self.gpu, quantize_rows(x, matrix.width, norm), matrix, self.dtype, add_to)
+        normed = x if norm is None else self.rms_norm(x, norm.weight, norm.eps)
+        return int8_linear(self.gpu, normed, matrix, self.dtype, add_to=add_to)
+
+    def _second_factors(self, x: Tensor, weight: HeadProjections) -> list[Tensor]:
+        """q, k, v from what the first factors made: a product each, or the columns themselves."""
+        starts, outputs = weight.heads.starts, []
+        if starts is None:
+            return list(torch.split(x, list(weight.heads.rows), 1))
+        for i, (start, width, rows) in enumerate(zip(starts, weight.heads.widths, weight.heads.rows, strict=True)):
+            if width:
+                outputs.append(self._int8(x[:, start : start + width], weight.heads.matrix(i)))
+            else:
+                outputs.append(x[:, start : start + rows])
+        return outputs
+
+    def _matrix(self, weight: DenseWeight | Int8Weight) -> DenseMatrix | Int8Matrix:
+        if isinstance(weight, Int8Weight):
+            return int8_matrix([weight], self.device, self._magic)
+        return dense_matrix(weight, self.device, self.dtype)
 
 
 def _check_same_input(*weights: LinearWeight) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_data import Maker, as_float64, context_slots, num_slots
-from kernels.ops import AttentionBatch, LayerKv
-from kernels.reference import ReferenceOps
+from kernels.gpu.configs import DECODE_ROWS
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv
+from kernels.reference import ReferenceOps, store
 from kernels.weights import LinearWeight
-
-EPS = 1e-5  # of the norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +88,30 @@ class CorrectnessChecks:
         self.shapes = shapes
         self.make = Maker(device)
 
-    def run(self) -> Iterator[Check]:
-        """One result per operation and shape; an exception becomes a failed check."""
-        for group in (self._embed, self._linear, self._qkv, self._mlp, self._norms):
-            yield from self._guarded(group)
-        for int8 in (False, True):
-            for window in (None, self.shapes.window):
-                yield from self._guarded(partial(self._attention, int8, window))
+    def groups(self) -> dict[str, Callable[[], Iterator[Check]]]:
+        """The checks by name: what may run (and fail) apart from the rest."""
+        s = self.shapes
+        return {
+            "embed": self._embed,
+            "add_linear": self._add_linear,
+            "attention_input": self._attention_input,
+            "mlp_input": self._mlp_input,
+            "norms": self._norms,
+            "int8 prefill": self._int8_prefill,
+            "attention": partial(self._attention, False, None),
+            "attention, window": partial(self._attention, False, s.window),
+            "attention, int8 cache": partial(self._attention, True, None),
+            "attention, int8 cache, window": partial(self._attention, True, s.window),
+        }
 
-    def _guarded(self, group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-        try:
-            yield from group()
-        except Exception:  # one broken kernel must not hide the verdict on the others
-            name = getattr(group, "__name__", "attention").strip("_")
-            yield Check(name, float("nan"), 0.0, traceback.format_exc()[-2000:])
+    def run(self, only: str | None = None) -> Iterator[Check]:
+        """One result per operation and shape, of one group or of all; an exception becomes a failed check."""
+        for name, group in self.groups().items():
+            if only in (None, name):
+                try:
+                    yield from group()
+                except Exception:  # one broken kernel must not hide the verdict on the others
+                    yield Check(name, float("nan"), 0.0, traceback.format_exc()[-2000:])
 
     def _check(self, name: str, got: Tensor, want: Tensor, roundings: int, terms: int) -> Check:
         limit = error_limit(self.ops.dtype, self.ops.device, roundings, terms)
@@ -117,10 +126,10 @@ class CorrectnessChecks:
         want = self.reference.linear(x.double(), table)
         yield self._check("logits, tied int8 table", self.ops.logits(x, prepared), want, 0, s.hidden)
 
-    def _linear(self) -> Iterator[Check]:
+    def _add_linear(self) -> Iterator[Check]:
         s = self.shapes
         weights: dict[str, tuple[LinearWeight, int]] = {
-            "int8": (self.make.int8(s.width, s.hidden, bias=True), 1),
+            "int8": (self.make.int8(s.hidden, s.hidden, bias=True), 1),
             "int8, odd input": (self.make.int8(s.hidden, s.width), 1),
             f"rank {s.rank}": (self.make.low_rank(s.hidden, s.hidden, s.rank, bias=True), 2),
             "rank 1": (self.make.low_rank(s.hidden, s.hidden, 1), 2),
@@ -129,48 +138,94 @@ class CorrectnessChecks:
         for name, (weight, roundings) in weights.items():
             prepared = self.ops.prepare_linear(weight)
             for rows in s.rows:
-                x = self.make.normal(rows, weight.shape[1], dtype=self.ops.dtype)
-                got, want = self.ops.linear(x, prepared), self.reference.linear(x.double(), weight)
-                yield self._check(f"linear {name}, {rows} rows", got, want, roundings, weight.shape[1])
+                x, h = (self.make.normal(rows, n, dtype=self.ops.dtype) for n in (weight.shape[1], s.hidden))
+                want = self.reference.add_linear(h.double(), x.double(), weight)
+                got = self.ops.add_linear(h.clone(), x, prepared)
+                yield self._check(f"add_linear {name}, {rows} rows", got, want, roundings, weight.shape[1])
+                same = torch.equal(got, self.ops.add_linear(h.clone(), x, prepared))
+                yield Check(f"add_linear {name}, {rows} rows: same bits again", 0.0 if same else 1.0, 0.0)
 
-    def _qkv(self) -> Iterator[Check]:
-        s = self.shapes
-        kv_width = s.num_kv_heads * s.head_dim
-        q = self.make.int8(s.num_q_heads * s.head_dim, s.hidden)
-        k = self.make.low_rank(kv_width, s.hidden, s.rank)
-        for name, v in (
-            ("int8", self.make.low_rank(kv_width, s.hidden, s.rank + 1)),
-            ("mixed", self.make.dense(kv_width, s.hidden, self.ops.dtype)),
-        ):
-            prepared = self.ops.prepare_qkv(q, k, v)
-            for rows in s.rows:
-                x = self.make.normal(rows, s.hidden, dtype=self.ops.dtype)
-                outputs = zip("qkv", self.ops.qkv(x, prepared), self.reference.qkv(x.double(), (q, k, v)), strict=True)
-                for part, got, want in outputs:
-                    yield self._check(f"qkv {name}: {part}, {rows} rows", got, want, 2, s.hidden)
+    def _attention_input(self) -> Iterator[Check]:
+        s, d = self.shapes, self.shapes.head_dim
+        q = self.make.int8(s.num_q_heads * d, s.hidden)
+        k, v = (self.make.low_rank(s.num_kv_heads * d, s.hidden, s.rank + i) for i in (0, 1))
+        plain = [self.make.int8(s.num_kv_heads * d, s.hidden, bias=True) for _ in range(2)]
+        low_rank = self.make.low_rank(s.num_q_heads * d, s.hidden, s.rank)
+        dense = self.make.dense(s.num_kv_heads * d, s.hidden, self.ops.dtype)
+        norm = self.make.norm(s.hidden, self.ops.dtype)
+        for name, weights in (
+            ("int8", (q, *plain)), ("low rank", (low_rank, k, v)), ("mixed", (q, k, plain[0])),
+            ("float", (q, k, dense)),
+        ):  # fmt: skip
+            prepared = self.ops.prepare_qkv(*weights)
+            for rows, cache in zip(s.rows, [self.ops.dtype, torch.int8] * len(s.rows), strict=False):
+                label = f"attention_input {name}, {rows} rows, {str(cache).removeprefix('torch.')} cache"
+                h, heads = 3 * self.make.normal(rows, s.hidden, dtype=self.ops.dtype), self._heads(rows, name == "int8")
+                kv, exact = (self.make.cache(rows + 3, s.num_kv_heads, d, t) for t in (cache, torch.float64))
+                slots = torch.arange(rows + 2, 2, -1, device=self.ops.device)
+                got = self.ops.attention_input(h, norm, prepared, heads, kv, slots)
+                want = self.reference.attention_input(h.double(), norm, weights, heads, exact, slots)
+                # Roundings: of x times the norm's weight, between two factors, of the result.
+                yield self._check(f"{label}: q", got, want, 3, s.hidden)
+                yield from self._cached(label, kv, exact, slots, 3, s.hidden)
 
-    def _mlp(self) -> Iterator[Check]:
+    def _mlp_input(self) -> Iterator[Check]:
         s = self.shapes
         pair = (self.make.int8(s.width, s.hidden), self.make.int8(s.width, s.hidden))
+        prepared, norm = self.ops.prepare_gate_up(*pair), self.make.norm(s.hidden, self.ops.dtype)
         down = self.make.int8(s.hidden, s.width)
-        prepared, prepared_down = self.ops.prepare_gate_up(*pair), self.ops.prepare_linear(down)
+        prepared_down = self.ops.prepare_linear(down)
         for rows in s.rows:
-            x = self.make.normal(rows, s.hidden, dtype=self.ops.dtype)
-            hidden, want = self.ops.gate_up_silu(x, prepared), self.reference.gate_up_silu(x.double(), pair)
-            yield self._check(f"gate_up_silu, {rows} rows", hidden, want, 1, 4 * s.hidden)
-            got = self.ops.linear(hidden, prepared_down)
-            yield self._check(f"down, {rows} rows", got, self.reference.linear(hidden.double(), down), 1, s.width)
+            h = 3 * self.make.normal(rows, s.hidden, dtype=self.ops.dtype)
+            hidden, want = self.ops.mlp_input(h, norm, prepared), self.reference.mlp_input(h.double(), norm, pair)
+            # One rounding of the result, one of the normed input: it reaches the result once through up and, as
+            # |g silu'(g) / silu(g)| < 2 where silu is not negligible, at most twice through gate.
+            yield self._check(f"mlp_input, {rows} rows", hidden, want, 4, 4 * s.hidden)
+            got, want = self.ops.add_linear(h.clone(), hidden, prepared_down), hidden.double()
+            want = self.reference.add_linear(h.double(), want, down)
+            yield self._check(f"add_linear down, {rows} rows", got, want, 1, s.width)
+
+    def _int8_prefill(self) -> Iterator[Check]:
+        """Against the emulation: at most a few values per thousand round to the other side of a tie, by a step, of
+        which a row has 127 up to its absmax, at most 6 times its root mean square here."""
+        s, rows = self.shapes, DECODE_ROWS + 6
+        ops = TritonOps(self.ops.device, self.ops.dtype, int8_prefill=True)
+        reference = ReferenceOps(self.ops.device, torch.float64, int8_prefill_above=DECODE_ROWS)
+        norm, ties = self.make.norm(s.hidden, ops.dtype), 6 / 127 * 0.005**0.5
+        h, x = (self.make.normal(rows, n, dtype=ops.dtype) for n in (s.hidden, s.width))
+        down = self.make.int8(s.hidden, s.width, bias=True)
+        got = ops.add_linear(h.clone(), x, ops.prepare_linear(down))
+        check = self._check("add_linear", got, reference.add_linear(h.double(), x.double(), down), 1, s.width)
+        yield replace(check, limit=check.limit + ties)
+        pair = (self.make.int8(s.width, s.hidden), self.make.int8(s.width, s.hidden))
+        got = ops.mlp_input(h, norm, ops.prepare_gate_up(*pair))
+        check = self._check("mlp_input", got, reference.mlp_input(h.double(), norm, pair), 4, 4 * s.hidden)
+        yield replace(check, limit=check.limit + 3 * ties)
 
     def _norms(self) -> Iterator[Check]:
-        n, dtype = self.shapes.hidden, self.ops.dtype
-        x, residual = self.make.normal(7, n, dtype=dtype), self.make.normal(7, n, dtype=dtype)
-        weight = self.make.normal(n, dtype=dtype)
-        want = self.reference.rms_norm(x.double(), weight.double(), EPS)
-        yield self._check("rms_norm", self.ops.rms_norm(x, weight, EPS), want, 1, n)
-        want, total = self.reference.add_rms_norm(x.double(), residual.double(), weight.double(), EPS)
-        got, got_total = self.ops.add_rms_norm(x, residual.clone(), weight, EPS)
-        yield self._check("add_rms_norm", got, want, 2, n)
-        yield self._check("add_rms_norm: sum", got_total, total, 1, 1)
+        x, norm = (
+            self.make.normal(7, self.shapes.hidden, dtype=self.ops.dtype),
+            self.make.norm(self.shapes.hidden, self.ops.dtype),
+        )
+        want = self.reference.rms_norm(x.double(), norm.weight, norm.eps)
+        yield self._check("rms_norm", self.ops.rms_norm(x, norm.weight, norm.eps), want, 1, self.shapes.hidden)
+
+    def _heads(self, rows: int, norms: bool) -> HeadTransform:
+        return self.make.heads(rows, self.shapes.head_dim, self.ops.dtype, norms)
+
+    def _cached(
+        self, label: str, kv: LayerKv, exact: LayerKv, slots: Tensor, roundings: int, terms: int
+    ) -> Iterator[Check]:
+        """What was written to the cache. An int8 step is absmax / 127, its rounding error uniform in +-step / 2; absmax
+        is at most sqrt(D) times the root mean square of the head: the error stays below sqrt(D) / (127 * sqrt(12))."""
+        int8_limit = 0.0 if kv.key_scale is None else self.shapes.head_dim**0.5 / (127 * 12**0.5)
+        stored = as_float64(kv)
+        for name, got, ideal in (("k", stored.key, exact.key), ("v", stored.value, exact.value)):
+            check = self._check(f"{label}: {name}", got[slots], ideal[slots], roundings, terms)
+            yield replace(check, limit=check.limit + int8_limit)
+            untouched = torch.ones(len(got), dtype=torch.bool, device=slots.device)
+            untouched[slots] = False
+            yield Check(f"{label}: {name} elsewhere", float(not got[untouched].isnan().all()), 0.0)
 
     def _attention(self, int8: bool, window: int | None) -> Iterator[Check]:
         s = self.shapes
@@ -179,7 +234,7 @@ class CorrectnessChecks:
         dtype = torch.int8 if int8 else self.ops.dtype
         kv = self.make.cache(num_slots(batch), s.num_kv_heads, s.head_dim, dtype)
         label = f"{'int8' if int8 else '16-bit'} cache, window {window}"
-        yield from self._fill(batch, kv, label)
+        self._fill(batch, kv)
         q = self.make.normal(batch.query_starts_host[-1], s.num_q_heads, s.head_dim, dtype=self.ops.dtype)
         got = self.ops.attention(q, kv, batch, s.head_dim**-0.5, window)
         want = self.reference.attention(q.double(), as_float64(kv), batch, s.head_dim**-0.5, window)
@@ -187,22 +242,12 @@ class CorrectnessChecks:
         yield self._check(f"decode attention, {label}", got[:d], want[:d], 2, terms)
         yield self._check(f"prefill attention, {label}", got[d:], want[d:], 2, terms)
 
-    def _fill(self, batch: AttentionBatch, kv: LayerKv, label: str) -> Iterator[Check]:
-        """Write the context by the reference and the tokens of this step by `rotary_store`; check what that did."""
+    def _fill(self, batch: AttentionBatch, kv: LayerKv) -> None:
+        """Write every context to its slots by the reference; all other slots keep their poison."""
         s, tables = self.shapes, batch.block_tables
-        old = torch.cat([context_slots(tables[i], batch.block_size, n) for i, n in enumerate(batch.context_lens_host)])
-        heads = (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)
-        for slots, rotary_store in ((old, self.reference.rotary_store), (batch.slots, self.ops.rotary_store)):
-            cos, sin = self.make.angles(len(slots), s.head_dim)
-            q, k, v = (self.make.normal(len(slots), h, s.head_dim, dtype=self.ops.dtype) for h in heads)
-            rotated = rotary_store(q, k, v, cos, sin, kv, slots)
-        exact = self.make.cache(num_slots(batch), s.num_kv_heads, s.head_dim, torch.float64)
-        want = self.reference.rotary_store(q.double(), k.double(), v.double(), cos.double(), sin.double(), exact, slots)
-        yield self._check(f"rotary_store q, {label}", rotated, want, 1, 2)
-        # An int8 step is absmax / 127, its rounding error uniform in +-step / 2; absmax is at most sqrt(D) times the
-        # root mean square of the head, so the relative error stays below sqrt(D) / (127 * sqrt(12)).
-        int8_limit = s.head_dim**0.5 / (127 * 12**0.5)
-        stored = as_float64(kv)
-        for name, got, ideal in (("k", stored.key, exact.key), ("v", stored.value, exact.value)):
-            check = self._check(f"rotary_store {name}, {label}", got[slots], ideal[slots], 1, 2)
-            yield check if kv.key_scale is None else Check(check.name, check.error, int8_limit)
+        slots = torch.cat(
+            [context_slots(tables[i], batch.block_size, n) for i, n in enumerate(batch.context_lens_host)]
+        )
+        k, v = (self.make.normal(len(slots), s.num_kv_heads, s.head_dim, dtype=self.ops.dtype) for _ in range(2))
+        store(k, kv.key, kv.key_scale, slots)
+        store(v, kv.value, kv.value_scale, slots)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, LayerKv
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LowRankWeight
 
+NORM_EPS = 1e-5
 _UNIFORM_INT8_STD = 73.3  # of integers uniform in [-127, 127]
 
 
@@ -76,6 +77,15 @@ class Maker:
             max_query_len=max(query_lens),
             max_context_len=max(context_lens),
         )
+
+    def norm(self, n: int, dtype: torch.dtype) -> Norm:
+        """A norm with standard normal weights."""
+        return Norm(self.normal(n, dtype=dtype), NORM_EPS)
+
+    def heads(self, num_tokens: int, head_dim: int, dtype: torch.dtype, norms: bool = False) -> HeadTransform:
+        """Random angles and, where `norms`, head norms."""
+        q_norm, k_norm = (self.norm(head_dim, dtype) if norms else None for _ in range(2))
+        return HeadTransform(*self.angles(num_tokens, head_dim), q_norm, k_norm)
 
     def angles(self, num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) float32 [T, D/2] of random angles."""

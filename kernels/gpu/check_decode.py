@@ -6,41 +6,23 @@ Not the server's model (`kernels` imports nothing above it) and no text: only th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.gpu.backend import TritonOps
-from kernels.gpu.check_data import Maker, num_slots
-from kernels.ops import AttentionBatch, LayerKv
+from kernels.gpu.check_data import NORM_EPS, Maker, num_slots
+from kernels.gpu.check_speed import seconds_per_call
+from kernels.gpu.plan import ModelShape
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import LinearWeight
 
-_EPS = 1e-5
 _ROPE_THETA = 10000.0
 VARIANTS = ("float", "int8", "spq")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """Sizes of a decoder; rank and pruned width are those of the SPQ variant."""
-
-    layers: int
-    hidden: int
-    width: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab: int
-    rank: int
-    pruned_width: int
-
-
-# Rank 1024 halves the int8 bytes of a 4096 x 4096 projection; 5 % of the MLP's neurons are pruned.
-LLAMA_2_7B = ModelShape(32, 4096, 11008, 32, 32, 128, 32000, 1024, 10457)
-TINY_MODEL = ModelShape(1, 64, 40, 4, 2, 16, 50, 3, 38)
 
 
 @dataclass(slots=True)
@@ -51,8 +33,8 @@ class DecoderLayer:
     o: Any
     gate_up: Any
     down: Any
-    input_norm: Tensor
-    mlp_norm: Tensor
+    input_norm: Norm
+    mlp_norm: Norm
 
 
 @dataclass(slots=True)
@@ -62,7 +44,7 @@ class Decoder:
     shape: ModelShape
     table: Any
     layers: list[DecoderLayer]
-    norm: Tensor
+    norm: Norm
     head: Any
 
 
@@ -72,25 +54,26 @@ def random_decoder(ops: TritonOps, shape: ModelShape, variant: str) -> Decoder:
     kv_width = shape.num_kv_heads * shape.head_dim
     width = shape.pruned_width if variant == "spq" else shape.width
 
-    def matrix(out: int, inner: int, attention: bool = False) -> LinearWeight:
+    def matrix(out: int, inner: int, rank: int = 0) -> LinearWeight:
         if variant == "float":
             return make.dense(out, inner, ops.dtype)
-        return make.low_rank(out, inner, shape.rank) if variant == "spq" and attention else make.int8(out, inner)
+        return make.low_rank(out, inner, rank) if variant == "spq" and rank else make.int8(out, inner)
 
     def layer() -> DecoderLayer:
         h, q_width = shape.hidden, shape.num_q_heads * shape.head_dim
-        qkv = [matrix(n, h, attention=True) for n in (q_width, kv_width, kv_width)]
+        ranks = (shape.rank, shape.kv_rank, shape.kv_rank)
+        qkv = [matrix(n, h, rank) for n, rank in zip((q_width, kv_width, kv_width), ranks, strict=True)]
         return DecoderLayer(
             qkv=ops.prepare_qkv(*qkv),
-            o=ops.prepare_linear(matrix(h, q_width, attention=True)),
+            o=ops.prepare_linear(matrix(h, q_width, shape.rank)),
             gate_up=ops.prepare_gate_up(matrix(width, h), matrix(width, h)),
             down=ops.prepare_linear(matrix(h, width)),
             input_norm=ones(),
             mlp_norm=ones(),
         )
 
-    def ones() -> Tensor:
-        return torch.ones(shape.hidden, dtype=ops.dtype, device=ops.device)
+    def ones() -> Norm:
+        return Norm(torch.ones(shape.hidden, dtype=ops.dtype, device=ops.device), NORM_EPS)
 
     embedding = make.dense(shape.vocab, shape.hidden, ops.dtype)
     if variant != "float":
@@ -130,46 +113,81 @@ class DecodeState:
 def decode_step(ops: TritonOps, model: Decoder, state: DecodeState) -> Tensor:
     """One token for every sequence; returns the logits float32 [S, vocab] and keeps the most likely ids."""
     shape, batch = model.shape, state.batch
-    cos, sin = state.advance()
-    residual = ops.embed(state.token_ids, model.table)
-    x = ops.rms_norm(residual, model.layers[0].input_norm, _EPS)
-    norms = [layer.input_norm for layer in model.layers[1:]] + [model.norm]
-    for layer, kv, next_norm in zip(model.layers, state.caches, norms, strict=True):
-        q, k, v = (y.view(len(y), -1, shape.head_dim) for y in ops.qkv(x, layer.qkv))
-        q = ops.rotary_store(q, k, v, cos, sin, kv, batch.slots)
+    heads = HeadTransform(*state.advance())
+    h = ops.embed(state.token_ids, model.table)
+    for layer, kv in zip(model.layers, state.caches, strict=True):
+        q = ops.attention_input(h, layer.input_norm, layer.qkv, heads, kv, batch.slots)
         attended = ops.attention(q, kv, batch, shape.head_dim**-0.5, None)
-        x, residual = ops.add_rms_norm(ops.linear(attended, layer.o), residual, layer.mlp_norm, _EPS)
-        hidden = ops.gate_up_silu(x, layer.gate_up)
-        x, residual = ops.add_rms_norm(ops.linear(hidden, layer.down), residual, next_norm, _EPS)
-    logits = ops.logits(x, model.head)
+        h = ops.add_linear(h, attended, layer.o)
+        h = ops.add_linear(h, ops.mlp_input(h, layer.mlp_norm, layer.gate_up), layer.down)
+    logits = ops.logits(ops.rms_norm(h, model.norm.weight, model.norm.eps), model.head)
     state.token_ids.copy_(logits.argmax(-1))
     return logits
 
 
 def measure_decoding(
-    ops: TritonOps, shape: ModelShape, variant: str, batch_sizes: tuple[int, ...], context: int, steps: int
+    ops: TritonOps, shape: ModelShape, variant: str, batch_sizes: Sequence[int], context: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Time of a step and memory of one variant, by batch size, launched from Python and as a CUDA graph."""
+    """Time of a step and memory of one variant, by batch size, launched from Python and as a CUDA graph; for the
+    first size also each operation, and each kernel by the profiler. No steps: everything is compiled only."""
     cuda = ops.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model = random_decoder(ops, shape, variant)
     weights = torch.cuda.memory_allocated() if cuda else None
     for size in batch_sizes:
-        state = DecodeState(ops, shape, size, context, context + 3 * steps + 8)
+        state = DecodeState(ops, shape, size, context, context + 3 * steps + 16)
         finite = bool(decode_step(ops, model, state).isfinite().all())
-        row: dict[str, Any] = {"variant": variant, "batch": size, "context": context, "finite": finite}
-        row |= _rates("eager", _timed_eager(ops, model, state, steps), size)
-        if cuda:
+        row: dict[str, Any] = {"model": shape.name, "variant": variant, "batch": size, "context": context, "ok": finite}
+        if steps:
+            row |= _rates("eager", _timed_eager(ops, model, state, steps), size)
+        if steps and cuda:
             row |= _rates("graph", _timed_graph(ops, model, state, steps), size)
             free, total = torch.cuda.mem_get_info()
-            row |= {
-                "weights_bytes": weights,
-                "peak_torch_bytes": torch.cuda.max_memory_allocated(),
-                "driver_used_bytes": total - free,
-            }
+            row |= {"weights_bytes": weights, "driver_used_bytes": total - free}
         yield row
+        if steps and size == batch_sizes[0]:
+            yield from operations(ops, model, state)
+            if cuda:
+                yield from profiled_kernels(ops, model, state)
+        del state
+
+
+def operations(ops: TritonOps, model: Decoder, state: DecodeState) -> Iterator[dict[str, Any]]:
+    """Time of each operation of a layer, from a graph of that operation in all layers: launch gaps between kernels of
+    one operation are counted, those of Python are not."""
+    shape, batch, device = model.shape, state.batch, ops.device
+    heads, size = HeadTransform(*state.advance()), len(state.token_ids)
+    h = torch.randn(size, shape.hidden, device=device).to(ops.dtype)
+    q = torch.randn(size, shape.num_q_heads, shape.head_dim, device=device).to(ops.dtype)
+    wide = ops.mlp_input(h, model.layers[0].mlp_norm, model.layers[0].gate_up)
+    pairs = list(zip(model.layers, state.caches, strict=True))
+    calls: dict[str, list[Callable[[], object]]] = {
+        "attention_input": [
+            partial(ops.attention_input, h, w.input_norm, w.qkv, heads, kv, batch.slots) for w, kv in pairs
+        ],
+        "attention": [partial(ops.attention, q, kv, batch, 0.1, None) for _, kv in pairs],
+        "add_linear o": [partial(ops.add_linear, h, q.flatten(1), w.o) for w, _ in pairs],
+        "mlp_input": [partial(ops.mlp_input, h, w.mlp_norm, w.gate_up) for w, _ in pairs],
+        "add_linear down": [partial(ops.add_linear, h, wide, w.down) for w, _ in pairs],
+        "norm and logits": [
+            lambda: ops.logits(ops.rms_norm(h, model.norm.weight, model.norm.eps), model.head)
+        ],
+    }  # fmt: skip
+    for name, group in calls.items():
+        us = seconds_per_call(group, device) * 1e6
+        yield {"model": shape.name, "batch": size, "operation": name, "us": us, "per_step": len(group)}
+
+
+def profiled_kernels(ops: TritonOps, model: Decoder, state: DecodeState) -> Iterator[dict[str, Any]]:
+    """Launches and microseconds of each kernel in one step, as torch's profiler (CUPTI) sees them."""
+    decode_step(ops, model, state)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        decode_step(ops, model, state)
+        torch.cuda.synchronize()
+    for event in profile.key_averages():
+        us = float(getattr(event, "device_time_total", 0.0))
+        if us:
+            yield {"kernel": event.key[:80], "launches": event.count, "us": us, "us_each": us / event.count}
 
 
 def _rates(kind: str, seconds: float, size: int) -> dict[str, float]:

@@ -8,31 +8,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_data import Maker, num_slots
-from kernels.gpu.check_decode import ModelShape
+from kernels.gpu.check_products import product_cases
+from kernels.gpu.plan import ModelShape
 
 _COLD_BYTES = 256 << 20  # more than the L2 cache of any GPU named here (72 MB on sm_89, 50 MB on sm_90)
 _MAX_COPIES = 32
 _REPEATS = 20
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = _REPEATS) -> float:
-    """Median time of one of `calls`, which run one after the other."""
-    for call in calls:
-        call()  # compiles
+    """Median time of one of `calls`, which run one after the other; with no repeats they are only compiled (NaN)."""
+    began = time.perf_counter()
+    calls[0]()
+    if not repeats:
+        return float("nan")
     if device.type != "cuda":
-        began = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - began) / len(calls)
+        return time.perf_counter() - began
+    for call in calls:
+        call()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -58,38 +62,51 @@ def copy_bandwidth(device: torch.device, num_bytes: int = 1 << 30) -> Row:
     return {"bytes": 2 * num_bytes, "us": seconds * 1e6, "tb_per_s": 2 * num_bytes / seconds / 1e12}
 
 
-def int8_products(ops: TritonOps, shape: ModelShape, rows: Sequence[int], copy_tb_per_s: float) -> Iterator[Row]:
-    """Each projection by number of rows: TB/s of weights, share of the copy bandwidth, cuBLAS on float weights."""
+def int8_products(
+    ops: TritonOps, shape: ModelShape, rows: Sequence[int], copy_tb_per_s: float, repeats: int = _REPEATS
+) -> Iterator[Row]:
+    """Each product of a layer by number of rows: TB/s of weights, share of the copy bandwidth, cuBLAS on floats."""
     make = Maker(ops.device)
-    h, w, r = shape.hidden, shape.width, shape.rank
-    q = make.low_rank(h, h, r)
-    dense_qkv, dense_mlp = (make.dense(n, k, ops.dtype).weight for n, k in ((3 * h, h), (2 * w, h)))
-    dense_o, dense_down = (make.dense(h, k, ops.dtype).weight for k in (h, w))
-    cases: dict[str, tuple[Callable[[], Any], Callable[..., Any], torch.Tensor]] = {
-        "o": (lambda: ops.prepare_linear(make.int8(h, h)), ops.linear, dense_o),
-        "down": (lambda: ops.prepare_linear(make.int8(h, w)), ops.linear, dense_down),
-        "gate_up": (lambda: ops.prepare_gate_up(make.int8(w, h), make.int8(w, h)), ops.gate_up_silu, dense_mlp),
-        "qkv": (lambda: ops.prepare_qkv(*(make.int8(h, h) for _ in range(3))), ops.qkv, dense_qkv),
-        f"qkv rank {r}": (lambda: ops.prepare_qkv(q, q, q), ops.qkv, dense_qkv),
-    }
-    for name, (prepare, run, dense) in cases.items():
-        first = prepare()
-        num_bytes = ops.nbytes(first)
-        copies = [first] + [prepare() for _ in range(_num_copies(num_bytes) - 1)]
-        dense_copies = [dense] + [dense.clone() for _ in range(_num_copies(dense.nbytes) - 1)]
-        for m in rows:
-            x = make.normal(m, dense.shape[1], dtype=ops.dtype)
-            ours = seconds_per_call([lambda c=c, x=x, run=run: run(x, c) for c in copies], ops.device)  # type: ignore[misc]
-            cublas = seconds_per_call([lambda c=c, x=x: F.linear(x, c) for c in dense_copies], ops.device)  # type: ignore[misc]
+    for case in product_cases(ops, shape):
+        copies = cold_copies(case.prepare, ops.nbytes)
+        num_bytes = case.outputs * (case.k + 4)
+        dense = make.dense(case.outputs, case.inputs, ops.dtype).weight
+        dense_copies = cold_copies(dense.clone, lambda tensor: tensor.nbytes)
+        for m in (m for m in rows if case.takes(m)):
+            x = make.normal(m, case.inputs, dtype=ops.dtype)
+            ours = seconds_per_call([partial(case.run, c, x, None) for c in copies], ops.device, repeats)
+            cublas = seconds_per_call([partial(F.linear, x, c) for c in dense_copies], ops.device, repeats)
             rate = num_bytes / ours / 1e12
             yield {
-                "name": name, "rows": m, "us": ours * 1e6, "tb_per_s": rate, "of_copy": rate / copy_tb_per_s,
-                "cublas_us": cublas * 1e6, "speedup": cublas / ours,
+                "model": shape.name, "name": case.name, "rows": m, "us": ours * 1e6, "tb_per_s": rate,
+                "of_copy": rate / copy_tb_per_s, "cublas_us": cublas * 1e6, "speedup": cublas / ours,
             }  # fmt: skip
 
 
+def prefill_products(ops: TritonOps, shape: ModelShape, rows: Sequence[int], repeats: int = _REPEATS) -> Iterator[Row]:
+    """Products of long steps with 16-bit and with int8 activations (rounding included): TFLOP/s, beside cuBLAS."""
+    make, w8a8 = Maker(ops.device), TritonOps(ops.device, ops.dtype, int8_prefill=True)
+    for name, out, inner in (("o", shape.hidden, shape.hidden), ("down", shape.hidden, shape.width)):
+        weight, dense = ops.prepare_linear(make.int8(out, inner)), make.dense(out, inner, ops.dtype).weight
+        for m in rows:
+            x, h = (make.normal(m, n, dtype=ops.dtype) for n in (inner, out))
+            calls = {
+                "w8a16": partial(ops.add_linear, h, x, weight),
+                "w8a8": partial(w8a8.add_linear, h, x, weight),
+                "cublas": partial(F.linear, x, dense),
+            }
+            times = {kind: seconds_per_call([call], ops.device, repeats) for kind, call in calls.items()}
+            rates = {f"{kind}_tflops": 2e-12 * m * out * inner / seconds for kind, seconds in times.items()}
+            yield {"model": shape.name, "prefill": name, "rows": m, **rates}
+
+
 def decode_attention(
-    ops: TritonOps, shape: ModelShape, batches: Sequence[int], contexts: Sequence[int], copy_tb_per_s: float
+    ops: TritonOps,
+    shape: ModelShape,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    copy_tb_per_s: float,
+    repeats: int = _REPEATS,
 ) -> Iterator[Row]:
     """One layer's attention of one token per sequence: TB/s of cached keys and values."""
     make = Maker(ops.device)
@@ -100,20 +117,24 @@ def decode_attention(
                 q = make.normal(size, shape.num_q_heads, shape.head_dim, dtype=ops.dtype)
                 slot_bytes = 2 * shape.num_kv_heads * (shape.head_dim * dtype.itemsize + 4 * (dtype == torch.int8))
                 num_bytes = size * context * slot_bytes
-                caches = [
-                    make.cache(num_slots(batch), shape.num_kv_heads, shape.head_dim, dtype)
-                    for _ in range(_num_copies(num_bytes))
-                ]
-                seconds = seconds_per_call(
-                    [lambda kv=kv, q=q, batch=batch: ops.attention(q, kv, batch, 0.1, None) for kv in caches],  # type: ignore[misc]
-                    ops.device,
-                )
+                slots, heads = num_slots(batch), shape.num_kv_heads
+                make_cache = partial(make.cache, slots, heads, shape.head_dim, dtype)
+                caches = [make_cache() for _ in range(num_copies(num_bytes))]
+                calls = [partial(ops.attention, q, kv, batch, shape.head_dim**-0.5, None) for kv in caches]
+                seconds = seconds_per_call(calls, ops.device, repeats)
                 rate = num_bytes / seconds / 1e12
                 yield {
-                    "cache": kind, "batch": size, "context": context, "us": seconds * 1e6, "tb_per_s": rate,
-                    "of_copy": rate / copy_tb_per_s,
+                    "model": shape.name, "cache": kind, "batch": size, "context": context, "us": seconds * 1e6,
+                    "tb_per_s": rate, "of_copy": rate / copy_tb_per_s,
                 }  # fmt: skip
 
 
-def _num_copies(num_bytes: int) -> int:
-    return min(_MAX_COPIES, -(-_COLD_BYTES // num_bytes))
+def cold_copies(make: Callable[[], T], nbytes: Callable[[T], int]) -> list[T]:
+    """As many of them as exceed any L2 cache together, but not too many to make."""
+    first = make()
+    return [first, *(make() for _ in range(num_copies(nbytes(first)) - 1))]
+
+
+def num_copies(num_bytes: int) -> int:
+    """How many copies of so many bytes `cold_copies` makes."""
+    return min(_MAX_COPIES, -(-_COLD_BYTES // max(1, num_bytes)))

@@ -1,66 +1,115 @@
-"""Tile sizes by number of rows, dtype and architecture: a plain table, chosen once per call on the host.
+"""Tile sizes by kernel, architecture, number of rows and shape: plain tables, read once per call on the host.
 
 Not an autotuner: results of a run do not depend on timings, nothing is measured when the server starts, and the
-table works in Triton's interpreter, where autotuning cannot. Shared memory per block: 163 KB on sm_80, 99 KB on
-sm_86 and sm_89, 227 KB on sm_90; every entry fits the smallest (the compile test checks it).
+tables work in Triton's interpreter, where autotuning cannot. What `python -m kernels.gpu_check --sections tune` finds
+best is copied into `MEASURED` by a person. Shared memory per block: 163 KB on sm_80, 99 KB on sm_86 and sm_89, 227 KB
+on sm_90; every entry of the general table fits the smallest (the compile test checks it).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+
+Kernel = Literal["linear", "normed", "heads", "gate_up", "int8_rows"]  # normed: the norm of the input folded in
 
 PAD = 128  # K, ranks and MLP widths are padded to this when loaded: rows stay 16-byte aligned, the inner loop unmasked
 SPLIT_LEN = 256  # tokens per split of decode attention; fixed, so that a result does not depend on the rest of a batch
 MIN_DOT_ROWS = 16  # rows of the smallest tensor-core tile
+DECODE_ROWS = 64  # up to as many rows a step takes the fused decode kernels; beyond, those made for prompts
+FEW_ROWS = 4  # the smallest class of rows below
+MIN_STEPS = 4  # steps along K that a split of K keeps: fewer would not fill the pipeline of loads
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}  # of A100, A40, RTX 4090, H100: programs a decode kernel needs
+MAX_SPLIT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """Tile [block_m, block_n] of the output, step block_k along the reduction."""
+    """Tile [block_m, block_n] of the output, step block_k along the reduction, which `split_k` programs share."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    split_k: int = 1
 
 
-_INT8_LINEAR = (  # (rows up to, tile): few rows are bound by memory and want many programs, many rows want big tiles
-    (16, TileConfig(16, 32, 128, 4, 4)),
-    (32, TileConfig(32, 64, 128, 4, 3)),
-    (64, TileConfig(64, 64, 128, 4, 3)),
-    (None, TileConfig(128, 128, 64, 8, 3)),
-)
-_GATE_UP = (  # two accumulators and two weight tiles
-    (16, TileConfig(16, 32, 128, 4, 4)),
-    (32, TileConfig(32, 64, 128, 4, 2)),
-    (64, TileConfig(64, 64, 64, 4, 3)),
-    (None, TileConfig(128, 64, 64, 8, 3)),
-)
+# (rows up to, tile). Few rows are bound by memory: small tiles make many programs, and what a program reads of x (2 /
+# block_n bytes per weight byte and row, from the L2 cache) stays below the weights themselves. Many rows are bound by
+# arithmetic and want big tiles. Not measured on a GPU yet.
+_Table = tuple[tuple[int | None, TileConfig], ...]
+_GENERAL: dict[Kernel, _Table] = {
+    "linear": (
+        (4, TileConfig(16, 16, 256, 2, 5)),
+        (16, TileConfig(16, 64, 128, 4, 4)),
+        (32, TileConfig(32, 64, 128, 4, 3)),
+        (64, TileConfig(64, 128, 128, 8, 2)),
+        (None, TileConfig(128, 128, 64, 8, 3)),
+    ),
+    "normed": (  # norming costs a program the same for 16 columns as for 64: fewer, wider ones
+        (4, TileConfig(16, 32, 128, 2, 6)),
+        (16, TileConfig(16, 64, 128, 4, 4)),
+        (32, TileConfig(32, 64, 128, 8, 3)),
+        (64, TileConfig(64, 128, 64, 8, 3)),
+    ),
+    "heads": (  # one head is one unit: its columns meet again in the epilogue
+        (4, TileConfig(16, 32, 128, 4, 5)),
+        (16, TileConfig(16, 64, 128, 4, 4)),
+        (32, TileConfig(32, 64, 128, 8, 3)),
+        (64, TileConfig(64, 128, 64, 8, 3)),
+    ),
+    "gate_up": (  # two accumulators and two weight tiles
+        (4, TileConfig(16, 32, 128, 4, 5)),
+        (16, TileConfig(16, 64, 128, 4, 3)),
+        (32, TileConfig(32, 64, 128, 8, 2)),
+        (64, TileConfig(64, 64, 64, 8, 3)),
+        (None, TileConfig(128, 64, 64, 8, 3)),
+    ),
+    "int8_rows": ((None, TileConfig(128, 128, 128, 8, 3)),),
+}
+ROW_BUCKETS = (4, 16, 32, 64)  # the decode classes of rows above
+
+# (kernel, architecture, rows up to, N, K) -> tile with its split: shapes that were timed. Empty until then.
+MEASURED: dict[tuple[Kernel, int, int, int, int], TileConfig] = {}
+
 _FLOAT32 = TileConfig(32, 64, 64, 4, 2)  # exact, slow: for checks, not for serving
 _INTERPRETED = TileConfig(64, 128, 128, 4, 1)  # the interpreter pays per operation, not per element
 
 
-def int8_linear_config(num_rows: int, dtype: torch.dtype, interpreted: bool) -> TileConfig:
-    """Tile of the int8 GEMM for an input of `num_rows` rows."""
-    return _choose(_INT8_LINEAR, num_rows, dtype, interpreted)
+def tile_config(kernel: Kernel, rows: int, n: int, k: int, dtype: torch.dtype, arch: int) -> TileConfig:
+    """Tile of a product of `rows` rows with a matrix [n, k]; `arch` 80 means sm_80, 0 the interpreter.
 
-
-def gate_up_config(num_rows: int, dtype: torch.dtype, interpreted: bool) -> TileConfig:
-    """Tile of the fused gate/up projection."""
-    return _choose(_GATE_UP, num_rows, dtype, interpreted)
-
-
-def _choose(
-    table: tuple[tuple[int | None, TileConfig], ...], num_rows: int, dtype: torch.dtype, interpreted: bool
-) -> TileConfig:
-    if interpreted:
-        return _INTERPRETED
-    if dtype == torch.float32:
+    n counts the columns of one matrix for "gate_up", of all heads for "heads".
+    """
+    if arch == 0:
+        return replace(_INTERPRETED, split_k=2 if rows <= DECODE_ROWS and kernel != "gate_up" and k > PAD else 1)
+    if dtype == torch.float32 and kernel != "int8_rows":
         return _FLOAT32
-    return next(tile for limit, tile in table if limit is None or num_rows <= limit)
+    bucket = next((limit for limit in ROW_BUCKETS if rows <= limit), 0)
+    found = MEASURED.get((kernel, arch, bucket, n, k))
+    if found is not None:
+        return found
+    tile = next(tile for limit, tile in _GENERAL[kernel] if limit is None or rows <= limit)
+    if k % tile.block_k:
+        tile = replace(tile, block_k=PAD)
+    return (
+        tile if rows > DECODE_ROWS or kernel in ("gate_up", "int8_rows") else _spread(tile, n, k, MULTIPROCESSORS[arch])
+    )
+
+
+def _spread(tile: TileConfig, n: int, k: int, programs: int) -> TileConfig:
+    """Split K, and halve block_n where that is not enough, until there are as many programs as multiprocessors."""
+    most = min(MAX_SPLIT, max(1, k // (MIN_STEPS * tile.block_k)))
+    block_n = tile.block_n
+    while True:
+        tiles = -(-n // block_n)
+        split = min(most, -(-programs // tiles))
+        if tiles * split >= programs or block_n <= 16:
+            return replace(tile, block_n=block_n, split_k=split, num_warps=tile.num_warps if block_n > 16 else 2)
+        block_n //= 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.layout import Int8Matrices
+from kernels.gpu.layout import Int8Matrix
 from kernels.gpu.primitives import dequantize
 
 _BLOCK = 1024
@@ -26,13 +26,13 @@ def embedding_kernel(token_ids, weight, scale, out, n, stride, MAGIC: tl.constex
     tl.store(out + token * n + i, y.to(out.dtype.element_ty), mask=ok)
 
 
-def embedding(token_ids: Tensor, table: Int8Matrices, dtype: torch.dtype) -> Tensor:
+def embedding(token_ids: Tensor, table: Int8Matrix, dtype: torch.dtype) -> Tensor:
     """token_ids int64 [T] -> [T, hidden] in `dtype`."""
-    n = table.in_features[0]
+    n = table.in_features
     out = torch.empty(token_ids.shape[0], n, dtype=dtype, device=token_ids.device)
     if out.numel():
         block = min(_BLOCK, 1 << (n - 1).bit_length())
         embedding_kernel[(token_ids.shape[0], -(-n // block))](
-            token_ids, table.weight, table.scale, out, n, table.widths[0], MAGIC=table.magic, BLOCK=block, num_warps=4
+            token_ids, table.weight, table.scale, out, n, table.width, MAGIC=table.magic, BLOCK=block, num_warps=4
         )
     return out

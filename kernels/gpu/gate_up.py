@@ -1,4 +1,4 @@
-"""MLP input half: silu(x gate^T) * (x up^T), both int8 projections and the activation in one launch."""
+"""MLP input half: silu(x gate^T) * (x up^T), norm, both int8 projections and the activation in one launch."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.configs import gate_up_config
-from kernels.gpu.layout import Int8Matrices
+from kernels.gpu.configs import TileConfig
+from kernels.gpu.launch import GpuContext, check_input, masks_k, square_rows
+from kernels.gpu.layout import Int8Matrix
 from kernels.gpu.primitives import dequantize, dot, silu
+from kernels.gpu.product import add_squares, apply_gains, inverse_rms, load_gains, load_rows, sum_squares
+from kernels.ops import Norm
 
 _BLOCK = 1024
 
@@ -21,16 +24,20 @@ def gate_up_silu_kernel(
     weight,
     scale,
     bias,
+    norm_weight,
     out,
     M,
     N,
     K,
     x_stride,
     k_valid,
+    eps,
     HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
     MASK_K: tl.constexpr,
     MAGIC: tl.constexpr,
     UPCAST: tl.constexpr,
+    SM: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -46,20 +53,26 @@ def gate_up_silu_kernel(
     up_tile = gate_tile + tl.cast(N, tl.int64) * K
     gate = tl.zeros((BM, BN), dtype=tl.float32)
     up = tl.zeros((BM, BN), dtype=tl.float32)
+    squares = tl.zeros((SM, BK), dtype=tl.float32)
+    square_rows = tl.program_id(0) * BM + tl.arange(0, SM)
+    square_tile = x + square_rows.to(tl.int64)[:, None] * x_stride + rk[None, :]
+    if NORM:
+        gains = load_gains(norm_weight, rk, 0, K, k_valid, MASK_K)
     for k in range(0, K, BK):
-        if MASK_K:
-            a = tl.load(x_tile, mask=row_ok[:, None] & (rk[None, :] + k < k_valid), other=0.0)
-        else:
-            a = tl.load(x_tile, mask=row_ok[:, None], other=0.0)
-        gate_w = dequantize(tl.load(gate_tile), a.dtype, MAGIC, UPCAST)
-        up_w = dequantize(tl.load(up_tile), a.dtype, MAGIC, UPCAST)
-        gate = dot(a, gate_w, gate, UPCAST)
-        up = dot(a, up_w, up, UPCAST)
-        x_tile += BK
-        gate_tile += BK
-        up_tile += BK
+        a = load_rows(x_tile, row_ok, k, rk, k_valid, MASK_K)
+        if NORM:
+            next_gains = load_gains(norm_weight, rk, k + BK, K, k_valid, MASK_K)  # see product.int8_product
+            squares = add_squares(squares, a, square_tile, square_rows < M, k, rk, k_valid, MASK_K, BM)
+            a = apply_gains(a, gains, UPCAST)
+            gains = next_gains
+        gate = dot(a, dequantize(tl.load(gate_tile + k), a.dtype, MAGIC, UPCAST), gate, UPCAST)
+        up = dot(a, dequantize(tl.load(up_tile + k), a.dtype, MAGIC, UPCAST), up, UPCAST)
     gate = gate * tl.load(scale + rn)[None, :]
     up = up * tl.load(scale + N + rn)[None, :]
+    if NORM:
+        inverse = inverse_rms(sum_squares(squares, BM), k_valid, eps)[:, None]
+        gate = gate * inverse
+        up = up * inverse
     if HAS_BIAS:
         gate += tl.load(bias + rn)[None, :]
         up += tl.load(bias + N + rn)[None, :]
@@ -77,31 +90,42 @@ def silu_mul_kernel(gate, up, out, numel, BLOCK: tl.constexpr):
     tl.store(out + i, (silu(a) * b).to(out.dtype.element_ty), mask=ok)
 
 
-def gate_up_silu(x: Tensor, matrices: Int8Matrices, width: int) -> Tensor:
+def gate_up_silu(
+    gpu: GpuContext,
+    x: Tensor,
+    matrix: Int8Matrix,
+    width: int,
+    *,
+    norm: Norm | None = None,
+    tile: TileConfig | None = None,
+) -> Tensor:
     """x [T, in] -> [T, width]: a view of rows padded to a multiple of 128 with zeros, which the int8 GEMM of the
-    following projection reads without a mask or a copy."""
-    if x.shape[1] != matrices.in_features[0] or x.stride(1) != 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; [T, {matrices.in_features[0]}] with dense rows is needed")
-    num_rows, n, k = x.shape[0], matrices.rows[0], matrices.widths[0]
+    following projection reads without a mask or a copy. With `norm` x is normed first, as in `int8_linear`."""
+    check_input(x, matrix)
+    num_rows, n, k = x.shape[0], matrix.rows // 2, matrix.width
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if num_rows:
-        interpreted = x.device.type == "cpu"
-        tile = gate_up_config(num_rows, x.dtype, interpreted)
+        if tile is None:
+            tile = gpu.tile("gate_up", num_rows, n, k)
         gate_up_silu_kernel[(-(-num_rows // tile.block_m), n // tile.block_n)](
             x,
-            matrices.weight,
-            matrices.scale,
-            matrices.scale if matrices.bias is None else matrices.bias,
+            matrix.weight,
+            matrix.scale,
+            matrix.scale if matrix.bias is None else matrix.bias,
+            matrix.scale if norm is None else norm.weight,
             out,
             num_rows,
             n,
             k,
             x.stride(0),
             x.shape[1],
-            HAS_BIAS=matrices.bias is not None,
-            MASK_K=x.shape[1] != k and x.stride(0) != k,
-            MAGIC=matrices.magic,
-            UPCAST=interpreted,
+            0.0 if norm is None else norm.eps,
+            HAS_BIAS=matrix.bias is not None,
+            NORM=norm is not None,
+            MASK_K=masks_k(x, matrix),
+            MAGIC=matrix.magic,
+            UPCAST=gpu.interpreted,
+            SM=square_rows(tile, num_rows),
             BM=tile.block_m,
             BN=tile.block_n,
             BK=tile.block_k,

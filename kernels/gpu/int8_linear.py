@@ -1,7 +1,9 @@
 """W8A16 matrix product y = (x Q^T) * scale + bias: int8 weights, float activations, float32 accumulation.
 
-One kernel for few and many rows (the tile decides) and for up to three matrices in one launch: either all read the
-same input (first factors of q, k, v), or each reads what a launch before it wrote (second factors).
+One kernel for few and many rows: the tile decides. A norm of the input and the addition to the residual stream are
+folded in. Where a matrix has too few columns to keep every multiprocessor busy, several programs share its K: each
+leaves a float32 share in a workspace, and the last to arrive adds them up in their order (no float atomics: the bits
+do not depend on who comes last).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -12,11 +14,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.configs import int8_linear_config
-from kernels.gpu.layout import Int8Matrices
-from kernels.gpu.primitives import dequantize, dot
+from kernels.gpu.configs import TileConfig
+from kernels.gpu.launch import GpuContext, check_input, masks_k, square_rows
+from kernels.gpu.layout import Int8Matrix
+from kernels.gpu.primitives import arrive_last
+from kernels.gpu.product import int8_product, inverse_rms, store_partial, sum_partials
+from kernels.ops import Norm
 
 _GROUP_M = 8  # tiles of rows that walk over the weights together, so that both stay in the L2 cache
+
+
+@triton.jit
+def _store_tile(
+    out, acc, squares, scale, bias, rm, rn, M, N, norm_len, eps,
+    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] at rows rm, columns rn = product * scale / rms + bias; with ADD that is added to what is there."""
+    column_ok = rn < N
+    ok = (rm < M)[:, None] & column_ok[None, :]
+    y = acc * tl.load(scale + rn, mask=column_ok, other=0.0)[None, :]
+    if NORM:
+        y = y * inverse_rms(squares, norm_len, eps)[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias + rn, mask=column_ok, other=0.0)[None, :]
+    to = out + rm.to(tl.int64)[:, None] * N + rn[None, :]
+    if ADD:
+        y += tl.load(to, mask=ok, other=0.0).to(tl.float32)
+    tl.store(to, y.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -25,170 +49,113 @@ def int8_linear_kernel(
     weight,
     scale,
     bias,
+    norm_weight,
     out,
+    partial,
+    counters,
     M,
+    N,
+    K,
     x_stride,
     k_valid,
-    n0,
-    n1,
-    n2,
-    k0,
-    k1,
-    k2,
-    x0,
-    x1,
-    x2,
+    eps,
     HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
     MASK_K: tl.constexpr,
-    CHAINED: tl.constexpr,
-    GROUPS: tl.constexpr,
     MAGIC: tl.constexpr,
     UPCAST: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SM: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out[M * (columns before i) + row * n_i + j]: matrix i of `GROUPS`, one program per tile of any of them.
+    """One program per (tile of out [M, N], slice of K); x [M, >= k_valid] has rows x_stride apart, weight is [N, K].
 
-    x: [M, >= k_valid] rows x_stride apart; with CHAINED instead matrix i reads [M, k_i] dense at M * x_i.
+    GROUP_M row tiles walk together over the column tiles. partial: SPLIT_K shares per tile, counters: zeros.
     """
-    # Tiles: GROUP_M row tiles walk together over the column tiles of all matrices.
     pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BM)
-    tiles0 = tl.cdiv(n0, BN)
-    tiles_n = tiles0
-    if GROUPS > 1:
-        tiles1 = tl.cdiv(n1, BN)
-        tiles_n = tiles0 + tiles1 + tl.cdiv(n2, BN)
+    tiles_n = tl.cdiv(N, BN)
     per_group = GROUP_M * tiles_n
     first_m = (pid // per_group) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % per_group) % group_m
-    tile_n = (pid % per_group) // group_m
+    group_m = tl.minimum(tl.cdiv(M, BM) - first_m, GROUP_M)
+    rm = (first_m + (pid % per_group) % group_m) * BM + tl.arange(0, BM)
+    rn = ((pid % per_group) // group_m) * BN + tl.arange(0, BN)
+    w_tile = weight + rn.to(tl.int64)[None, :] * K + tl.arange(0, BK)[:, None]
 
-    # Which matrix this tile belongs to: its shape, its first weight, its first output column.
-    n = n0
-    k_len = k0
-    columns = 0
-    x_first = x0
-    weight_first = tl.cast(0, tl.int64)
-    if GROUPS > 1:
-        in1 = (tile_n >= tiles0) & (tile_n < tiles0 + tiles1)
-        in2 = tile_n >= tiles0 + tiles1
-        tile_n = tile_n - tl.where(in2, tiles0 + tiles1, tl.where(in1, tiles0, 0))
-        n = tl.where(in2, n2, tl.where(in1, n1, n0))
-        k_len = tl.where(in2, k2, tl.where(in1, k1, k0))
-        columns = tl.where(in2, n0 + n1, tl.where(in1, n0, 0))
-        x_first = tl.where(in2, x2, tl.where(in1, x1, x0))
-        first1 = tl.cast(n0, tl.int64) * k0
-        weight_first = tl.where(in2, first1 + tl.cast(n1, tl.int64) * k1, tl.where(in1, first1, 0))
-        k_len = tl.multiple_of(k_len, 128)
-        weight_first = tl.multiple_of(weight_first, 128)
-
-    rm = tile_m * BM + tl.arange(0, BM)
-    rn = tile_n * BN + tl.arange(0, BN)
-    rk = tl.arange(0, BK)
-    row_ok = rm < M
-    column_ok = rn < n
-    rows = rm.to(tl.int64)
-    if CHAINED:
-        x_first = tl.multiple_of(x_first, 128)
-        x_tile = x + M.to(tl.int64) * x_first + rows[:, None] * k_len + rk[None, :]
+    k_begin = 0
+    k_end = K
+    if SPLIT_K > 1:
+        k_len = tl.cdiv(K // BK, SPLIT_K) * BK
+        k_begin = tl.program_id(1) * k_len
+        k_end = tl.minimum(k_begin + k_len, K)
+    acc, squares = int8_product(
+        x, w_tile, norm_weight, rm, rn < N, M, x_stride, k_begin, k_end, k_valid, NORM, MASK_K, MAGIC, UPCAST,
+        SM, BM, BN, BK,
+    )  # fmt: skip
+    if SPLIT_K > 1:
+        shares = partial + pid.to(tl.int64) * SPLIT_K * (BM * BN + BM)
+        store_partial(shares + tl.program_id(1) * (BM * BN + BM), acc, squares, rm < M, BM, BN)
+        if arrive_last(counters + pid, SPLIT_K):
+            acc, squares = sum_partials(shares, SPLIT_K, rm < M, BM, BN)
+            _store_tile(out, acc, squares, scale, bias, rm, rn, M, N, k_valid, eps, HAS_BIAS, NORM, ADD)
     else:
-        x_tile = x + rows[:, None] * x_stride + rk[None, :]
-    w_tile = weight + weight_first + rn.to(tl.int64)[None, :] * k_len + rk[:, None]
-
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(0, k_len, BK):
-        if MASK_K:
-            a = tl.load(x_tile, mask=row_ok[:, None] & (rk[None, :] + k < k_valid), other=0.0)
-        else:
-            a = tl.load(x_tile, mask=row_ok[:, None], other=0.0)
-        w = tl.load(w_tile, mask=column_ok[None, :], other=0)
-        acc = dot(a, dequantize(w, a.dtype, MAGIC, UPCAST), acc, UPCAST)
-        x_tile += BK
-        w_tile += BK
-
-    acc = acc * tl.load(scale + columns + rn, mask=column_ok, other=0.0)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias + columns + rn, mask=column_ok, other=0.0)[None, :]
-    out_tile = out + M.to(tl.int64) * columns + rows[:, None] * n + rn[None, :]
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+        _store_tile(out, acc, squares, scale, bias, rm, rn, M, N, k_valid, eps, HAS_BIAS, NORM, ADD)
 
 
-def int8_linear(x: Tensor, matrices: Int8Matrices, out_dtype: torch.dtype) -> Tensor:
-    """x [T, in] times every matrix of the group -> flat buffer of dense [T, rows[i]] blocks, in `out_dtype`.
-
-    x may also be a [T, in] view whose rows are the padded width apart, with zeros between (what gate_up writes).
-    """
-    padded = x.stride(0) == matrices.widths[0]
-    if x.shape[1] != matrices.in_features[0] or x.stride(1) != 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; [T, {matrices.in_features[0]}] with dense rows is needed")
-    mask_k = not padded and x.shape[1] != matrices.widths[0]
-    return _launch(x, matrices, out_dtype, x.shape[0], x.stride(0), x.shape[1], mask_k, None)
-
-
-def int8_linear_chained(
-    x: Tensor, num_rows: int, x_columns: tuple[int, ...], matrices: Int8Matrices, out_dtype: torch.dtype
-) -> Tensor:
-    """Matrix i times the dense [T, widths[i]] block at element T * x_columns[i] of flat x -> flat, as `int8_linear`.
-
-    x_columns are multiples of 128: the kernel loads 16 bytes at once.
-    """
-    return _launch(x, matrices, out_dtype, num_rows, 0, 0, False, x_columns)
-
-
-def split_columns(flat: Tensor, num_rows: int, columns: tuple[int, ...]) -> list[Tensor]:
-    """Flat buffer of blocks [num_rows, columns[i]] -> its blocks, each contiguous."""
-    blocks = flat.split([num_rows * n for n in columns])
-    return [block.view(num_rows, n) for block, n in zip(blocks, columns, strict=True)]
-
-
-def _launch(
+def int8_linear(
+    gpu: GpuContext,
     x: Tensor,
-    matrices: Int8Matrices,
+    matrix: Int8Matrix,
     out_dtype: torch.dtype,
-    num_rows: int,
-    x_stride: int,
-    k_valid: int,
-    mask_k: bool,
-    x_columns: tuple[int, ...] | None,
+    *,
+    norm: Norm | None = None,
+    add_to: Tensor | None = None,
+    tile: TileConfig | None = None,
 ) -> Tensor:
-    out = torch.empty(num_rows * sum(matrices.rows), dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
+    """x [T, in] -> [T, rows of the matrix] in `out_dtype`, or added to `add_to` [T, rows], which is returned.
+
+    x may also be a [T, in] view whose rows are the padded width apart, with zeros between (what gate_up writes). With
+    `norm` x is normed first, which is worth it for few rows: each program repeats the arithmetic of its rows.
+    Raises ValueError for an x of another width.
+    """
+    check_input(x, matrix)
+    num_rows = x.shape[0]
+    out = add_to if add_to is not None else torch.empty(num_rows, matrix.rows, dtype=out_dtype, device=x.device)
+    if not out.numel():
         return out
-    interpreted = x.device.type == "cpu"
-    tile = int8_linear_config(num_rows, x.dtype, interpreted)
-    rows = (*matrices.rows, 0, 0)
-    widths = (*matrices.widths, 0, 0)
-    starts = (*(x_columns or ()), 0, 0, 0)
-    tiles_n = sum(-(-n // tile.block_n) for n in matrices.rows)
-    int8_linear_kernel[(-(-num_rows // tile.block_m) * tiles_n,)](
+    if not out.is_contiguous() or tuple(out.shape) != (num_rows, matrix.rows):
+        raise ValueError(f"{tuple(out.shape)} cannot take [{num_rows}, {matrix.rows}] added to it")
+    if tile is None:
+        tile = gpu.tile("linear" if norm is None else "normed", num_rows, matrix.rows, matrix.width)
+    tiles = -(-num_rows // tile.block_m) * -(-matrix.rows // tile.block_n)
+    split = gpu.num_splits(tile, tiles)
+    int8_linear_kernel[(tiles, split)](
         x,
-        matrices.weight,
-        matrices.scale,
-        matrices.scale if matrices.bias is None else matrices.bias,
+        matrix.weight,
+        matrix.scale,
+        matrix.scale if matrix.bias is None else matrix.bias,
+        matrix.scale if norm is None else norm.weight,
         out,
+        gpu.partials(tiles * split * tile.block_m * (tile.block_n + 1)) if split > 1 else matrix.scale,
+        gpu.counters,
         num_rows,
-        x_stride,
-        k_valid,
-        rows[0],
-        rows[1],
-        rows[2],
-        widths[0],
-        widths[1],
-        widths[2],
-        starts[0],
-        starts[1],
-        starts[2],
-        HAS_BIAS=matrices.bias is not None,
-        MASK_K=mask_k,
-        CHAINED=x_columns is not None,
-        GROUPS=1 if len(matrices.rows) == 1 else 3,
-        MAGIC=matrices.magic,
-        UPCAST=interpreted,
+        matrix.rows,
+        matrix.width,
+        x.stride(0),
+        x.shape[1],
+        0.0 if norm is None else norm.eps,
+        HAS_BIAS=matrix.bias is not None,
+        NORM=norm is not None,
+        ADD=add_to is not None,
+        MASK_K=masks_k(x, matrix),
+        MAGIC=matrix.magic,
+        UPCAST=gpu.interpreted,
         GROUP_M=_GROUP_M,
+        SPLIT_K=split,
+        SM=square_rows(tile, num_rows),
         BM=tile.block_m,
         BN=tile.block_n,
         BK=tile.block_k,

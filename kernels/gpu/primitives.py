@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: dequantization, the tile product, rounding.
+"""Device functions that several kernels share: dequantization, the tile product, rounding, counting programs in.
 
 Not kernels: they are inlined into the kernels that call them.
 """
@@ -47,3 +47,18 @@ def round_to_even(x):
 def silu(x):
     """x * sigmoid(x) in float32 (Elfwing et al. 2018)."""
     return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def arrive_last(counter, total):
+    """Count this program in; true in the last of `total`, which then may read what the others stored before.
+
+    The barrier lets every thread of the program store before one of them counts; acquire-release at the scope of the
+    device orders those stores before the last arrival's loads (PTX memory model, causality order). The counter is
+    zero again afterwards, so that launches in stream order can share it.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
+    if last:
+        tl.store(counter, 0)
+    return last

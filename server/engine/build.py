@@ -36,7 +36,7 @@ from spq.memory import PeakMemory
 
 logger = logging.getLogger(__name__)
 
-KERNEL_ROWS = (1, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
+KERNEL_ROWS = (1, 5, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
 THREAD_TRIALS = 5
 THREAD_GAIN = 0.9  # of the time on one thread, or more threads are not worth their waiting
 

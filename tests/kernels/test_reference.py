@@ -37,14 +37,6 @@ def test_rms_norm_is_transformers(dtype: torch.dtype) -> None:
     torch.testing.assert_close(OPS.rms_norm(x, norm.weight, 1e-5), norm(x), rtol=0, atol=0)
 
 
-def test_add_rms_norm_returns_the_sum() -> None:
-    x, residual = torch.randn(3, 8).double(), torch.randn(3, 8).double()
-    weight = torch.randn(8).double()
-    normed, total = OPS.add_rms_norm(x, residual, weight, 1e-6)
-    torch.testing.assert_close(total, x + residual, **EXACT)
-    torch.testing.assert_close(normed, F.rms_norm(x + residual, (8,), weight, 1e-6), **EXACT)
-
-
 def test_rotary_is_transformers() -> None:
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0)
     positions = torch.tensor([0, 1, 17, 900])

@@ -23,3 +23,36 @@ def one_thread():
 @pytest.fixture
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["fp32", "fp16"])
+def ops(request, device):
+    from kernels.gpu.backend import TritonOps
+
+    return TritonOps(device, request.param)
+
+
+@pytest.fixture
+def exact(device):
+    from kernels.reference import ReferenceOps
+
+    return ReferenceOps(device, torch.float64)
+
+
+@pytest.fixture
+def make(device):
+    from kernels.gpu.check_data import Maker
+
+    return Maker(device)
+
+
+@pytest.fixture
+def close():
+    """Bounds come from `check_correctness.error_limit`: a unit per rounding to the dtype, and the float32 sum."""
+    from kernels.gpu.check_correctness import error_limit, relative_error
+
+    def check(ops, got, want, roundings, terms):
+        error, limit = relative_error(got, want), error_limit(ops.dtype, ops.device, roundings, terms)
+        assert error <= limit, f"relative error {error:.2e}, limit {limit:.2e}"
+
+    return check
