@@ -1,12 +1,21 @@
-"""Runs one scheduled batch on the device: tensors in, sampled tokens out. The only place where a step meets torch."""
+"""Runs one scheduled batch on the device: tensors in, sampled tokens out. The only place where a step meets torch.
+
+On a GPU the host waits once in a step, for the sampled ids. (Frequencies that depend on lengths, and candidates that
+did not suffice to a draw, make it wait again; both are rare.)
+"""
 
 from __future__ import annotations
 
+from array import array
+
 import torch
+from torch import Tensor
 
 from kernels.ops import LayerKv
 from server.core import SampledToken, ScheduledBatch, Sequence
-from server.engine import inputs, sampler
+from server.engine import inputs, logprobs, sampler
+from server.engine.logprobs import TokenScores
+from server.engine.transfer import download, upload
 from server.model.llama import Llama
 
 SCORED_ROWS = 64  # prompt rows turned to logits at a time: bounds rows x vocabulary
@@ -19,26 +28,36 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._block_size = block_size
+        self._page_tables = inputs.PageTables()
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """One token per sampling work, in order; prompt scores go to `Sequence.prompt_logprobs`."""
         model = self._model
-        step = inputs.build(batch, self._block_size, model.ops.device)
-        hidden = model.forward(step.token_ids, step.positions, step.lengths, step.attention, self._cache)
-        for index, rows in step.prompt_rows.items():
-            self._score_prompt(batch.work[index].sequence, hidden[rows])
-        if not step.sample_rows:
-            return []
-        logits = model.logits(hidden[step.sample_rows])
-        return sampler.sample(logits, [w.sequence for w in batch.work if w.samples])
+        host = inputs.collect(batch, self._block_size, self._page_tables)
+        step = inputs.to_device(host, self._block_size, model.ops.device)
+        hidden = model.forward(step.token_ids, step.positions, host.lengths, step.attention, self._cache)
+        scores = [
+            (batch.work[index].sequence, self._score_prompt(batch.work[index].sequence, hidden[rows]))
+            for index, rows in host.prompt_rows.items()
+        ]
+        sampled = []
+        if host.sample_rows:
+            logits = model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows])
+            sampled = sampler.sample(logits, [w.sequence for w in batch.work if w.samples])
+        for sequence, chunks in scores:
+            for chunk in chunks:
+                sequence.prompt_logprobs += chunk.read(*download(chunk.tensors))
+        return sampled
 
-    def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor) -> None:
+    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> list[TokenScores]:
         """hidden [R, hidden]: row i predicts the (i+1)-th prompt token that has no score yet."""
+        first = len(sequence.prompt_logprobs) + 1
+        chunks = []
         for start in range(0, len(hidden), SCORED_ROWS):
-            chunk = hidden[start : start + SCORED_ROWS]
-            log_probs = torch.log_softmax(self._model.logits(chunk), -1)
-            first = len(sequence.prompt_logprobs) + 1
-            targets = sequence.token_ids[first : first + len(chunk)]
-            tops = [sequence.params.prompt_logprobs or 0] * len(chunk)
-            sequence.prompt_logprobs += sampler.token_logprobs(log_probs, targets, tops)
+            rows = hidden[start : start + SCORED_ROWS]
+            log_probs = torch.log_softmax(self._model.logits(rows), -1)
+            targets = sequence.token_ids[first + start : first + start + len(rows)]
+            [ids] = upload([array("q", targets)], rows.device)
+            chunks.append(logprobs.score(log_probs, ids, [sequence.params.prompt_logprobs or 0] * len(rows)))
+        return chunks
