@@ -90,6 +90,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             parse_bytes,
         ),
         Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
+        Option("cuda-graphs", "on a GPU, record decode steps at start and replay them: on or off", _switch),
         Option("threads", "CPU threads for tensor work (default: all cores where that is faster, else one)", int),
     ),
     "scheduling": (

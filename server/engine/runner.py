@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.ops import LayerKv
 from server.core import SampledToken, ScheduledBatch, Sequence
 from server.engine import inputs, logprobs, sampler
+from server.engine.graphs import DecodeGraphs
 from server.engine.logprobs import TokenScores
 from server.engine.transfer import download, upload
 from server.model.llama import Llama
@@ -24,10 +25,12 @@ SCORED_ROWS = 64  # prompt rows turned to logits at a time: bounds rows x vocabu
 class ModelRunner:
     """A model, its cache and the step between them."""
 
-    def __init__(self, model: Llama, cache: list[LayerKv], block_size: int) -> None:
+    def __init__(self, model: Llama, cache: list[LayerKv], block_size: int, graphs: DecodeGraphs | None = None) -> None:
+        """`graphs`, where given, are recorded over the same cache."""
         self._model = model
         self._cache = cache
         self._block_size = block_size
+        self._graphs = graphs
         self._page_tables = inputs.PageTables()
 
     @torch.inference_mode()
@@ -35,6 +38,9 @@ class ModelRunner:
         """One token per sampling work, in order; prompt scores go to `Sequence.prompt_logprobs`."""
         model = self._model
         host = inputs.collect(batch, self._block_size, self._page_tables)
+        sampling = [w.sequence for w in batch.work if w.samples]
+        if self._graphs is not None and (replayed := self._graphs.run(host)) is not None:
+            return sampler.sample(replayed, sampling)
         step = inputs.to_device(host, self._block_size, model.ops.device)
         hidden = model.forward(step.token_ids, step.positions, host.lengths, step.attention, self._cache)
         scores = [
@@ -44,7 +50,7 @@ class ModelRunner:
         sampled = []
         if host.sample_rows:
             logits = model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows])
-            sampled = sampler.sample(logits, [w.sequence for w in batch.work if w.samples])
+            sampled = sampler.sample(logits, sampling)
         for sequence, chunks in scores:
             for chunk in chunks:
                 sequence.prompt_logprobs += chunk.read(*download(chunk.tensors))
