@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from kernels.ops import make_ops
+from kernels.ops import Ops, make_ops
 from server.config import ServerConfig
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
@@ -68,7 +68,7 @@ def build_engine(
             f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
         )
     kv_dtype = dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
-    recorded = config.cuda_graphs and device.type == "cuda" and ops.name == "triton"
+    recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
 
     def warming(part: int) -> Callable[[float], None]:
@@ -139,6 +139,11 @@ def build_engine(
         compression=compression_facts(spec, manifest),
     )
     return Engine(loop, info, max_queue=config.max_queue)
+
+
+def records_steps(config: ServerConfig, ops: Ops) -> bool:
+    """Whether decode steps become CUDA graphs: the reference reads lengths from the host, so it cannot be recorded."""
+    return config.cuda_graphs and ops.device.type == "cuda" and ops.name == "triton"
 
 
 def make_ledger(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, LayerKv
-from server.engine.inputs import HostInputs
+from server.engine.inputs import TABLE_STEP, HostInputs
 from server.engine.transfer import ALIGN, Packed, pack
 from server.model.llama import Llama
 
@@ -90,7 +90,8 @@ class DecodeGraphs:
         self._context_buckets = context_buckets(max_model_len)
         self._steps: dict[tuple[int, int], Step] = {}
         device = model.ops.device
-        width = -(-max_model_len // block_size)
+        pages = -(-max_model_len // block_size)
+        width = -(-pages // TABLE_STEP) * TABLE_STEP
         self._inputs = torch.zeros(max_num_seqs * (28 + 4 * width) + 5 * ALIGN, dtype=torch.uint8, device=device)
         self._tables = torch.full((max_num_seqs, width), scratch_page, dtype=torch.int32, device=device)
         self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -152,7 +153,7 @@ class DecodeGraphs:
     def _pack(self, host: HostInputs | None, rows: int) -> Packed:
         """The inputs with scratch rows behind them. Places depend on the number of rows alone; tables come last."""
         missing = rows - _num_rows(host)
-        filler = HostInputs(torch.zeros(0, 1, dtype=torch.int32)) if host is None else host
+        filler = HostInputs(torch.zeros(0, TABLE_STEP, dtype=torch.int32)) if host is None else host
         width = filler.tables.shape[1]
         return pack(
             [

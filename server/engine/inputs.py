@@ -16,6 +16,8 @@ from kernels.ops import AttentionBatch
 from server.core import ScheduledBatch, Work
 from server.engine.transfer import upload
 
+TABLE_STEP = 16  # page tables are as wide as a multiple: Triton compiles a kernel anew for a stride that is none
+
 
 class PageTables:
     """The page tables of a batch as a matrix on the host. Rows that are as they were in the last step stay."""
@@ -25,8 +27,8 @@ class PageTables:
         self._matrix = torch.zeros(0, 0, dtype=torch.int32)
 
     def fill(self, tables: list[list[int]]) -> Tensor:
-        """int32 [S, longest], a copy; unused entries are 0."""
-        width = max(map(len, tables))
+        """int32 [S, longest rounded up to TABLE_STEP], a copy; unused entries are 0."""
+        width = -(-max(map(len, tables)) // TABLE_STEP) * TABLE_STEP
         if len(tables) > self._matrix.shape[0] or width > self._matrix.shape[1]:
             rows, columns = max(2 * len(tables), self._matrix.shape[0]), max(2 * width, self._matrix.shape[1])
             self._matrix = torch.zeros(rows, columns, dtype=torch.int32)
@@ -44,7 +46,7 @@ class PageTables:
 class HostInputs:
     """One step of T tokens over S sequences, on the host."""
 
-    tables: Tensor  # int32 [S, longest]
+    tables: Tensor  # int32 [S, W], see PageTables.fill
     token_ids: array[int] = field(default_factory=lambda: array("q"))  # [T], as the next two
     positions: array[int] = field(default_factory=lambda: array("q"))
     slots: array[int] = field(default_factory=lambda: array("q"))

@@ -4,6 +4,7 @@ places and the scratch page are tested here in full, and the recording itself un
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 from collections import Counter
@@ -15,7 +16,11 @@ from harness import Harness
 from models import SMALL, random_model
 
 from kernels.ops import AttentionBatch, BackendName
-from server.engine import graphs
+from server.config import ServerConfig
+from server.core import SamplingParams
+from server.engine import build, graphs, warm_up
+from server.engine.build import build_engine
+from server.engine.engine import GenerationRequest
 from server.engine.graphs import CudaRecorder, Step, context_buckets, row_buckets
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -177,6 +182,44 @@ def test_progress_is_told_while_recording(tmp_path: Path) -> None:
     assert harness.graphs is not None
     harness.graphs.record(Again(), shares.append)
     assert shares == [i / 9 for i in range(9)]
+
+
+def test_the_engine_is_built_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU through the start-up, with steps that run again in place of recorded ones."""
+    random_model("llama").save_pretrained(tmp_path)
+    recorders: list[Again] = []
+
+    def recorder() -> Again:
+        recorders.append(Again())
+        return recorders[-1]
+
+    monkeypatch.setattr(build, "records_steps", lambda config, ops: True)
+    monkeypatch.setattr(warm_up, "CudaRecorder", recorder)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    told: list[float] = []
+    config = ServerConfig(model=str(tmp_path), device="cpu", max_num_seqs=4, threads=1, kv_memory=2**20)
+    engine = build_engine(tmp_path, config, progress=lambda phase, done: told.append(done))
+    assert [r.recorded for r in recorders] == [9, 9]  # on one page, then on the real cache; 3 numbers of rows each
+    assert sum(engine.info.ledger.values()) > 0
+    assert "graphs" in engine.info.ledger
+    warming = told[told.index(1.0) + 1 :]
+    assert warming == sorted(warming)
+    assert len(set(warming)) >= 18
+
+    async def serve() -> list[list[int]]:
+        engine.start(asyncio.get_running_loop())
+        params = SamplingParams(max_tokens=9, temperature=0.0)
+        generations = engine.submit([GenerationRequest(str(i), p, params) for i, p in enumerate(prompts((5, 20, 3)))])
+        found = [[o.token_id async for o in g if o.token_id is not None] for g in generations]
+        await engine.drain(timeout_s=0)
+        return found
+
+    served = asyncio.run(serve())
+    plain = Harness(tmp_path)
+    expected = plain.run([plain.sequence(p, max_tokens=9) for p in prompts((5, 20, 3))])
+    assert served == [s.token_ids[s.num_prompt_tokens :] for s in expected]
+    assert sum(recorders[1].replayed.values()) >= 8
+    assert not recorders[0].replayed
 
 
 @pytest.mark.gpu

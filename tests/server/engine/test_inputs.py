@@ -35,7 +35,9 @@ def test_a_mixed_batch() -> None:
     assert host.lengths == [9, 5, 9, 9, 9, 9, 9, 1]
     attention = step.attention
     assert attention.slots.tolist() == [48, 16, 2, 3, 4, 5, 6, 0]
-    assert attention.block_tables.tolist() == [[10, 11, 12], [3, 4, 0], [0, 1, 2], [0, 0, 0]]
+    assert attention.block_tables[:, :3].tolist() == [[10, 11, 12], [3, 4, 0], [0, 1, 2], [0, 0, 0]]
+    assert attention.block_tables.shape == (4, inputs.TABLE_STEP)
+    assert not attention.block_tables[:, 3:].any()
     assert attention.context_lens.tolist() == attention.context_lens_host == [9, 5, 7, 1]
     assert attention.query_starts.tolist() == attention.query_starts_host == [0, 1, 2, 7, 8]
     assert (attention.num_decodes, attention.max_query_len, attention.max_context_len) == (2, 5, 9)
@@ -76,7 +78,7 @@ def test_tables_follow_their_sequences_whatever_changes() -> None:
         change = rng.randrange(5)
         row = rng.randrange(len(tables))
         if change == 0:
-            tables.insert(row, [rng.randrange(99) for _ in range(rng.randrange(1, 9))])
+            tables.insert(row, [rng.randrange(99) for _ in range(rng.randrange(1, 40))])
         elif change == 1 and len(tables) > 1:
             tables.pop(row)
         elif change == 2:
@@ -85,7 +87,7 @@ def test_tables_follow_their_sequences_whatever_changes() -> None:
             tables[row][rng.randrange(len(tables[row]))] = rng.randrange(99)
         elif len(tables[row]) > 1:
             tables[row].pop()
-        width = max(map(len, tables))
+        width = -(-max(map(len, tables)) // inputs.TABLE_STEP) * inputs.TABLE_STEP
         filled = kept.fill(tables)
         assert filled.tolist() == [table + [0] * (width - len(table)) for table in tables]
         filled.fill_(-1)  # a step in progress owns its copy
