@@ -83,7 +83,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("device", "where to run", choices=("auto", "cuda", "cpu")),
         Option("dtype", "of activations; auto: float32 on CPU, a 16-bit type on CUDA", choices=("auto", *FLOATS)),
         Option("backend", "kernels; auto: Triton on CUDA", choices=("auto", "reference", "cpu", "triton")),
-        Option("kv-dtype", "of the KV cache; auto: as --dtype", choices=("auto", "int8", *FLOATS)),
+        Option("kv-dtype", "of the KV cache; auto: int8 on CUDA, else as --dtype", choices=("auto", "int8", *FLOATS)),
         Option(
             "memory-budget",
             "bytes the whole process may hold on the device, e.g. 6GiB (default: what is free)",

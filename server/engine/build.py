@@ -32,6 +32,8 @@ from spq.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
+INT8_KV_HEAD = 16  # entries of a head: from here on an int8 cache was measured to keep the quality
+
 Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
 
@@ -67,7 +69,7 @@ def build_engine(
             f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
             f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
         )
-    kv_dtype = dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
+    kv_dtype = pick_kv_dtype(config, spec.head_dim, device, dtype)
     recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
 
@@ -177,6 +179,14 @@ def pick_dtype(config: ServerConfig, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (9, 0) else torch.float16
+
+
+def pick_kv_dtype(config: ServerConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """`auto`: on CUDA int8 where heads are long enough for it to keep the quality (docs/kv-cache.md), else `dtype`."""
+    if config.kv_dtype != "auto":
+        named: torch.dtype = getattr(torch, config.kv_dtype)
+        return named
+    return torch.int8 if device.type == "cuda" and head_dim >= INT8_KV_HEAD else dtype
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import torch
 from models import random_model
 
 from server.config import ServerConfig
-from server.engine.build import build_engine, make_ledger
+from server.engine.build import build_engine, make_ledger, pick_kv_dtype
 from server.engine.memory import DeviceMemory, MemoryBudgetError, plan_kv, read_memory
 from server.model.load import WeightBytes
 from server.sizes import format_bytes, parse_bytes
@@ -115,6 +115,18 @@ def test_graphs_are_in_the_ledger_of_a_gpu(tmp_path: Path) -> None:
         assert (info.ledger["graphs"] > 0) == on
         assert min(info.ledger.values()) >= 0
         assert len(set(told)) > (30 if on else 3)  # of loading, of each step and of each graph, twice
+
+
+def test_the_kv_cache_is_int8_where_it_is_read_by_a_gpu() -> None:
+    def pick(device: torch.device, head_dim: int, kv_dtype: str = "auto") -> torch.dtype:
+        config = ServerConfig(model="m", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        return pick_kv_dtype(config, head_dim, device, torch.bfloat16)
+
+    assert pick(CUDA, 128) == torch.int8
+    assert pick(CUDA, 8) == torch.bfloat16
+    assert pick(CPU, 128) == torch.bfloat16
+    assert pick(CUDA, 128, "float16") == torch.float16
+    assert pick(CPU, 128, "int8") == torch.int8
 
 
 def test_this_process_is_measured() -> None:
