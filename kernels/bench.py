@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench_cases import CPU, CUDA, QUICK, Case, Size, attention_cases, elementwise_cases, weight_cases
+from kernels.bench_cases import CPU, CUDA, QUICK, Case, Size, attention_cases, input_cases, weight_cases
 from kernels.bench_machine import copy_gb_s, describe
 from kernels.ops import BackendName, make_ops
 
@@ -95,7 +95,7 @@ def run(device: torch.device, size: Size) -> dict[str, Any]:
         for name in backends:
             ops = make_ops(device, dtype, name)
             methods[name] = getattr(ops, "linear_method", "")
-            for cases in (weight_cases, elementwise_cases, attention_cases):
+            for cases in (weight_cases, input_cases, attention_cases):
                 for case in cases(ops, size):
                     result = measure(case, name, copy_rate, device, size.budget_s)
                     results.append(result)

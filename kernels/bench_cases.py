@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, LayerKv, Ops
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm, Ops
 from kernels.weights import Int8Weight, LinearWeight, LowRankWeight
 
 BLOCK = 16  # tokens per page
@@ -81,16 +81,21 @@ def weight_cases(ops: Ops, size: Size) -> Iterator[Case]:
     for out, columns in size.matrices:
         weight: LinearWeight = int8_weight(out, columns)
         shape: dict[str, int | str] = {"out": out, "in": columns}
-        makers.append(("int8_linear", shape, _prepare(ops, weight), ops.linear, weight.nbytes, out))
+        makers.append(("int8_linear", shape, _prepare(ops, weight), ops.logits, weight.nbytes, out))
     for out, columns, rank in size.pairs:
         weight = LowRankWeight(int8_weight(rank, columns), int8_weight(out, rank))
         shape = {"out": out, "in": columns, "rank": rank}
-        makers.append(("low_rank", shape, _prepare(ops, weight), ops.linear, weight.nbytes, out))
+        makers.append(("low_rank", shape, _prepare(ops, weight), ops.logits, weight.nbytes, out))
     for width, columns in size.gate_ups:
         gate, up = int8_weight(width, columns), int8_weight(width, columns)
         shape = {"out": width, "in": columns}
         prepare = _prepare(ops, gate, up)
-        makers.append(("gate_up_silu", shape, prepare, ops.gate_up_silu, gate.nbytes + up.nbytes, width))
+        norm = Norm(torch.ones(columns, dtype=ops.dtype, device=ops.device), 1e-5)
+
+        def mlp_input(x: Tensor, item: Any, norm: Norm = norm) -> object:
+            return ops.mlp_input(x, norm, item)
+
+        makers.append(("mlp_input", shape, prepare, mlp_input, gate.nbytes + up.nbytes, width))
     for op, shape, prepare, call, nbytes, out in makers:
         items = [prepare() for _ in range(max(1, -(-size.rotate_bytes // nbytes)))]
         for rows in size.rows:
@@ -112,32 +117,36 @@ def _prepare(ops: Ops, *weights: LinearWeight) -> Callable[[], Any]:
     return lambda: ops.prepare_gate_up(copy(weights[0]), copy(weights[1]))
 
 
-def elementwise_cases(ops: Ops, size: Size) -> Iterator[Case]:
-    """Norm with residual; rotation with the write to the cache."""
+def input_cases(ops: Ops, size: Size) -> Iterator[Case]:
+    """Everything before attention: norm, q, k and v, rotation, the write to the cache."""
     heads, kv_heads, width = size.heads
     hidden = heads * width
-    weight = torch.ones(hidden, dtype=ops.dtype, device=ops.device)
+    outputs = (heads * width, kv_heads * width, kv_heads * width)
+    norm = Norm(torch.ones(hidden, dtype=ops.dtype, device=ops.device), 1e-5)
+    nbytes = sum(outputs) * (hidden + 4)
+    items = []
+    for _ in range(max(1, -(-size.rotate_bytes // nbytes))):
+        q, k, v = (int8_weight(out, hidden) for out in outputs)
+        items.append(ops.prepare_qkv(q, k, v))
     for rows in size.rows:
-        count = max(1, size.rotate_bytes // (2 * rows * hidden * weight.element_size()))
-        pairs = [(_random(ops, rows, hidden), _random(ops, rows, hidden)) for _ in range(min(count, 64))]
-        moved = 4 * pairs[0][0].nbytes
-
-        def norm(item: tuple[Tensor, Tensor]) -> object:
-            return ops.add_rms_norm(item[0], item[1], weight, 1e-5)
-
-        yield Case("add_rms_norm", {"rows": rows, "hidden": hidden}, moved, norm, pairs)
-        q, k, v = (_random(ops, rows, h, width) for h in (heads, kv_heads, kv_heads))
+        h = _random(ops, rows, hidden)
         angles = torch.rand(rows, width // 2, device=ops.device)
+        transform = HeadTransform(angles, angles)
         kv = _cache(1024, kv_heads, width, ops.dtype, ops.device)
-        slots = [torch.randperm(1024)[:rows].to(ops.device) for _ in range(8)]
+        slots = torch.randperm(1024)[:rows].to(ops.device)
         shape: dict[str, int | str] = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "head_dim": width}
 
-        def rotate(
-            slots: Tensor, q: Tensor = q, k: Tensor = k, v: Tensor = v, angles: Tensor = angles, kv: LayerKv = kv
+        def project(
+            item: Any,
+            h: Tensor = h,
+            transform: HeadTransform = transform,
+            kv: LayerKv = kv,
+            slots: Tensor = slots,
         ) -> object:
-            return ops.rotary_store(q, k, v, angles, angles, kv, slots)
+            return ops.attention_input(h, norm, item, transform, kv, slots)
 
-        yield Case("rotary_store", shape, 2 * (q.nbytes + k.nbytes + v.nbytes), rotate, slots)
+        moved = nbytes + h.nbytes + rows * sum(outputs) * h.element_size()
+        yield Case("attention_input", shape, moved, project, items)
 
 
 def attention_cases(ops: Ops, size: Size) -> Iterator[Case]:

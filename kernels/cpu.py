@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_engines import machine_choice
 from kernels.cpu_linear import DigitMatrix, FloatMatrix, Joint, WidenedMatrix, join, lay_out
-from kernels.ops import AttentionBatch, LayerKv
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight
 
@@ -126,6 +126,27 @@ class CpuOps:
         """Overwrites `residual` with the sum."""
         residual.add_(x)
         return self.rms_norm(residual, weight, eps), residual
+
+    def attention_input(
+        self, h: Tensor, norm: Norm, weight: Joint, heads: HeadTransform, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """See Ops."""
+        width = kv.key.shape[-1]
+        x = self.rms_norm(h, norm.weight, norm.eps)
+        q, k, v = (part.view(len(h), -1, width) for part in self.qkv(x, weight))
+        if heads.q_norm is not None:
+            q = self.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
+        if heads.k_norm is not None:
+            k = self.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
+        return self.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
+
+    def add_linear(self, h: Tensor, x: Tensor, weight: Joint) -> Tensor:
+        """See Ops; overwrites `h`."""
+        return h.add_(self.linear(x, weight))
+
+    def mlp_input(self, h: Tensor, norm: Norm, weight: Joint) -> Tensor:
+        """See Ops."""
+        return self.gate_up_silu(self.rms_norm(h, norm.weight, norm.eps), weight)
 
     def rotary_store(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor

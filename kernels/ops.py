@@ -30,6 +30,24 @@ class LayerKv:
 
 
 @dataclass(slots=True)
+class Norm:
+    """Root mean square norm of one layer: x / rms(x) * weight (Zhang & Sennrich 2019, eq. 4)."""
+
+    weight: Tensor  # [n]
+    eps: float
+
+
+@dataclass(slots=True)
+class HeadTransform:
+    """What happens to query and key heads between their projection and the cache: norms (Qwen3), then rotation."""
+
+    cos: Tensor  # float32 [T, D/2], half-split pairs as in Hugging Face's LLaMA
+    sin: Tensor
+    q_norm: Norm | None = None  # over D
+    k_norm: Norm | None = None
+
+
+@dataclass(slots=True)
 class AttentionBatch:
     """Where each token of a step belongs. Sequences that decode (one token each) stand first.
 
@@ -82,41 +100,33 @@ class Ops(Protocol):
         """token_ids int64 [T] -> [T, hidden]."""
         ...
 
-    def linear(self, x: Tensor, weight: Any) -> Tensor:
-        """x [T, in] -> [T, out]."""
-        ...
-
-    def logits(self, x: Tensor, weight: Any) -> Tensor:
-        """x [T, hidden] -> float32 [T, vocab]; `weight` from prepare_linear, or a tied table."""
-        ...
-
-    def qkv(self, x: Tensor, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, hidden] -> q [T, HQ*D], k [T, HKV*D], v [T, HKV*D]."""
-        ...
-
-    def gate_up_silu(self, x: Tensor, weight: Any) -> Tensor:
-        """silu(x gate^T) * (x up^T): x [T, hidden] -> [T, width], which may be a view with padded rows: give it to
-        `linear` as it is."""
-        ...
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., n] / rms(x) * weight [n]; statistics in float32 (Zhang & Sennrich 2019, eq. 4)."""
-        ...
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(s), s) with s = x + residual; may overwrite `residual`."""
-        ...
-
-    def rotary_store(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor
+    def attention_input(
+        self, h: Tensor, norm: Norm, weight: Any, heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
-        """Rotate q [T, HQ, D] and k [T, HKV, D] by cos/sin float32 [T, D/2] (half-split pairs, as Hugging Face's
-        LLaMA), write k and v [T, HKV, D] to `slots` of the cache, return the rotated q [T, HQ, D]."""
+        """Norm, project to q, k, v, transform the heads, write k and v to `slots` of the cache: everything before
+        attention. h [T, hidden] is left as it is -> q [T, HQ, D]."""
         ...
 
     def attention(self, q: Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
         """Causal attention of q [T, HQ, D] over the paged cache -> [T, HQ * D]. With a window, a token sees itself
         and the window - 1 tokens before it."""
+        ...
+
+    def add_linear(self, h: Tensor, x: Tensor, weight: Any) -> Tensor:
+        """h + x W^T: x [T, in] added to the residual stream h [T, hidden], which may be overwritten and returned."""
+        ...
+
+    def mlp_input(self, h: Tensor, norm: Norm, weight: Any) -> Tensor:
+        """silu(n gate^T) * (n up^T) of n = norm(h): h [T, hidden] is left as it is -> [T, width], which may be a view
+        with padded rows: give it to `add_linear` as it is."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., n] / rms(x) * weight [n]; statistics in float32."""
+        ...
+
+    def logits(self, x: Tensor, weight: Any) -> Tensor:
+        """x [T, hidden] -> float32 [T, vocab]; `weight` from prepare_linear, or a tied table."""
         ...
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, LayerKv
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
 
@@ -88,6 +88,27 @@ class ReferenceOps:
         """(rms_norm(x + residual), x + residual)."""
         total = x + residual
         return self.rms_norm(total, weight, eps), total
+
+    def attention_input(
+        self, h: Tensor, norm: Norm, weight: tuple[LinearWeight, ...], heads: HeadTransform, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """See Ops."""
+        width = kv.key.shape[-1]
+        x = self.rms_norm(h, norm.weight, norm.eps)
+        q, k, v = (part.view(len(h), -1, width) for part in self.qkv(x, weight))
+        if heads.q_norm is not None:
+            q = self.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
+        if heads.k_norm is not None:
+            k = self.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
+        return self.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
+
+    def add_linear(self, h: Tensor, x: Tensor, weight: LinearWeight) -> Tensor:
+        """See Ops."""
+        return h + self.linear(x, weight)
+
+    def mlp_input(self, h: Tensor, norm: Norm, weight: tuple[LinearWeight, ...]) -> Tensor:
+        """See Ops."""
+        return self.gate_up_silu(self.rms_norm(h, norm.weight, norm.eps), weight)
 
     def rotary_store(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor

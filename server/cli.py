@@ -83,13 +83,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("device", "where to run", choices=("auto", "cuda", "cpu")),
         Option("dtype", "of activations; auto: float32 on CPU, a 16-bit type on CUDA", choices=("auto", *FLOATS)),
         Option("backend", "kernels; auto: Triton on CUDA", choices=("auto", "reference", "cpu", "triton")),
-        Option("kv-dtype", "of the KV cache; auto: as --dtype", choices=("auto", "int8", *FLOATS)),
+        Option("kv-dtype", "of the KV cache; auto: int8 on CUDA, else as --dtype", choices=("auto", "int8", *FLOATS)),
         Option(
             "memory-budget",
             "bytes the whole process may hold on the device, e.g. 6GiB (default: what is free)",
             parse_bytes,
         ),
         Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
+        Option("cuda-graphs", "on a GPU, record decode steps at start and replay them: on or off", _switch),
         Option("threads", "CPU threads for tensor work (default: all cores where that is faster, else one)", int),
     ),
     "scheduling": (

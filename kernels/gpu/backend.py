@@ -22,7 +22,7 @@ from kernels.gpu.low_rank import Int8Group, grouped_linear, int8_group, is_int8
 from kernels.gpu.norm import add_rms_norm, rms_norm
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.rotary_store import rotary_store
-from kernels.ops import AttentionBatch, LayerKv
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -159,6 +159,27 @@ class TritonOps:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(rms_norm(x + residual), x + residual); overwrites `residual`."""
         return add_rms_norm(x, residual, weight, eps)
+
+    def attention_input(
+        self, h: Tensor, norm: Norm, weight: Projections, heads: HeadTransform, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """See Ops."""
+        width = kv.key.shape[-1]
+        x = self.rms_norm(h, norm.weight, norm.eps)
+        q, k, v = (part.view(len(h), -1, width) for part in self.qkv(x, weight))
+        if heads.q_norm is not None:
+            q = self.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
+        if heads.k_norm is not None:
+            k = self.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
+        return self.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
+
+    def add_linear(self, h: Tensor, x: Tensor, weight: Linear) -> Tensor:
+        """See Ops; overwrites `h`."""
+        return h.add_(self.linear(x, weight))
+
+    def mlp_input(self, h: Tensor, norm: Norm, weight: FusedGateUp | tuple[Linear, Linear]) -> Tensor:
+        """See Ops."""
+        return self.gate_up_silu(self.rms_norm(h, norm.weight, norm.eps), weight)
 
     def rotary_store(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor

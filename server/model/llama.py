@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, LayerKv, Ops
+from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm, Ops
 from server.model.rope import RotaryTable
 from spq.architecture import ModelSpec
 
@@ -21,12 +21,12 @@ from spq.architecture import ModelSpec
 class LayerWeights:
     """One decoder layer; `Any` is what `Ops.prepare_*` returned."""
 
-    input_norm: Tensor  # [hidden]
+    input_norm: Norm
     qkv: Any
-    q_norm: Tensor | None  # [head_dim]
-    k_norm: Tensor | None  # [head_dim]
+    q_norm: Norm | None
+    k_norm: Norm | None
     o: Any
-    post_norm: Tensor  # [hidden]
+    post_norm: Norm
     gate_up: Any
     down: Any
 
@@ -37,7 +37,7 @@ class ModelWeights:
 
     embedding: Any
     layers: list[LayerWeights]
-    norm: Tensor  # [hidden]
+    norm: Norm
     head: Any  # the embedding's table where tied
 
 
@@ -54,24 +54,20 @@ class Llama:
     def forward(
         self, token_ids: Tensor, positions: Tensor, lengths: list[int], batch: AttentionBatch, cache: list[LayerKv]
     ) -> Tensor:
-        """token_ids, positions int64 [T]; lengths as `RotaryTable.cos_sin` wants -> final hidden [T, hidden]."""
-        ops, spec, weights = self.ops, self.spec, self._weights
+        """token_ids, positions int64 [T]; lengths as `RotaryTable.cos_sin` wants -> residual stream [T, hidden] after
+        the last layer, before the last norm."""
+        ops = self.ops
         cos, sin = self.rope.cos_sin(positions, lengths)
-        residual = ops.embed(token_ids, weights.embedding)  # [T, hidden]
-        x = ops.rms_norm(residual, weights.layers[0].input_norm, spec.norm_eps)
-        for i, layer in enumerate(weights.layers):
-            q, k, v = (part.view(len(positions), -1, spec.head_dim) for part in ops.qkv(x, layer.qkv))
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = ops.rms_norm(q, layer.q_norm, spec.norm_eps), ops.rms_norm(k, layer.k_norm, spec.norm_eps)
-            q = ops.rotary_store(q, k, v, cos, sin, cache[i], batch.slots)
-            x = ops.linear(ops.attention(q, cache[i], batch, self._scale, spec.windows[i]), layer.o)
-            x, residual = ops.add_rms_norm(x, residual, layer.post_norm, spec.norm_eps)
-            x = ops.linear(ops.gate_up_silu(x, layer.gate_up), layer.down)
-            last = i + 1 == len(weights.layers)
-            norm = weights.norm if last else weights.layers[i + 1].input_norm
-            x, residual = ops.add_rms_norm(x, residual, norm, spec.norm_eps)
-        return x
+        h = ops.embed(token_ids, self._weights.embedding)
+        for i, layer in enumerate(self._weights.layers):
+            heads = HeadTransform(cos, sin, layer.q_norm, layer.k_norm)
+            q = ops.attention_input(h, layer.input_norm, layer.qkv, heads, cache[i], batch.slots)
+            attended = ops.attention(q, cache[i], batch, self._scale, self.spec.windows[i])
+            h = ops.add_linear(h, attended, layer.o)
+            h = ops.add_linear(h, ops.mlp_input(h, layer.post_norm, layer.gate_up), layer.down)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] -> float32 [R, vocab]."""
-        return self.ops.logits(hidden, self._weights.head)
+        """hidden [R, hidden] as `forward` returns it -> float32 [R, vocab]."""
+        norm = self._weights.norm
+        return self.ops.logits(self.ops.rms_norm(hidden, norm.weight, norm.eps), self._weights.head)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from kernels.ops import Ops
+from kernels.ops import Norm, Ops
 from kernels.weights import LinearWeight, LowRankWeight
+from server.model.balance import balance_norms, balance_projections
 from server.model.llama import LayerWeights, Llama, ModelWeights
 from server.model.rope import RotaryTable
 from spq.checkpoint import WeightSource
@@ -37,10 +36,10 @@ def load_model(
     used = WeightBytes()
     vector_dtype = ops.dtype
 
-    def vector(name: str) -> torch.Tensor:
-        tensor = source.vector(name).to(ops.device, vector_dtype)
+    def norm(name: str) -> Norm:
+        tensor = source.vector(f"{name}.weight").to(ops.device, vector_dtype)
         used.weights += tensor.nbytes
-        return tensor
+        return Norm(tensor, spec.norm_eps)
 
     def count(prepared: Any, *weights: LinearWeight) -> Any:
         size = ops.nbytes(prepared)
@@ -56,26 +55,31 @@ def load_model(
     for i in range(spec.num_layers):
         prefix = spec.layer_prefix(i)
         q, k, v, o = (source.linear(f"{prefix}.self_attn.{name}_proj") for name in "qkvo")
+        q_norm = k_norm = None
+        if spec.qk_norm:
+            q_norm, k_norm = balance_norms(*(norm(f"{prefix}.self_attn.{name}_norm") for name in "qk"))
+        else:
+            q, k = balance_projections(q, k, spec.head_dim)
         gate, up, down = (source.linear(f"{prefix}.mlp.{name}_proj") for name in ("gate", "up", "down"))
         layers.append(
             LayerWeights(
-                input_norm=vector(f"{prefix}.input_layernorm.weight"),
+                input_norm=norm(f"{prefix}.input_layernorm"),
                 qkv=count(ops.prepare_qkv(q, k, v), q, k, v),
-                q_norm=vector(f"{prefix}.self_attn.q_norm.weight") if spec.qk_norm else None,
-                k_norm=vector(f"{prefix}.self_attn.k_norm.weight") if spec.qk_norm else None,
+                q_norm=q_norm,
+                k_norm=k_norm,
                 o=count(ops.prepare_linear(o), o),
-                post_norm=vector(f"{prefix}.post_attention_layernorm.weight"),
+                post_norm=norm(f"{prefix}.post_attention_layernorm"),
                 gate_up=count(ops.prepare_gate_up(gate, up), gate, up),
                 down=count(ops.prepare_linear(down), down),
             )
         )
         if progress is not None:
             progress(i + 1, spec.num_layers)
-    norm = vector("model.norm.weight")
+    last_norm = norm("model.norm")
     if spec.tied:
         head = embedding
     else:
         weight = source.linear("lm_head")
         head = count(ops.prepare_linear(weight), weight)
     rope = RotaryTable(spec.config, max_len, ops.device)
-    return Llama(spec, ops, ModelWeights(embedding, layers, norm, head), rope), used
+    return Llama(spec, ops, ModelWeights(embedding, layers, last_norm, head), rope), used

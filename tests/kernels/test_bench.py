@@ -44,7 +44,7 @@ def test_quick_run_prints_a_table_and_json(tmp_path: Path) -> None:
     assert report["int8_methods"]["cpu"] in {"fbgemm", "onednn", "widened"}
     results = report["results"]
     assert len(lines) == len(results) + 3
-    operations = {"int8_linear", "low_rank", "gate_up_silu", "add_rms_norm", "rotary_store"}
+    operations = {"int8_linear", "low_rank", "mlp_input", "attention_input"}
     operations |= {"decode_attention", "prefill_attention"}
     for backend in ("reference", "cpu"):
         assert {r["op"] for r in results if r["backend"] == backend} == operations
