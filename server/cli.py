@@ -87,13 +87,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "kernels; auto: Triton on CUDA, native (C) where it was built, else cpu",
             choices=("auto", "reference", "cpu", "native", "triton"),
         ),
-        Option("kv-dtype", "of the KV cache; auto: as --dtype", choices=("auto", "int8", *FLOATS)),
+        Option("kv-dtype", "of the KV cache; auto: int8 on CUDA, else as --dtype", choices=("auto", "int8", *FLOATS)),
         Option(
             "memory-budget",
             "bytes the whole process may hold on the device, e.g. 6GiB (default: what is free)",
             parse_bytes,
         ),
         Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
+        Option("cuda-graphs", "on a GPU, record decode steps at start and replay them: on or off", _switch),
         Option("threads", "CPU threads for tensor work (default: all cores where that is faster, else one)", int),
     ),
     "scheduling": (

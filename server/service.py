@@ -206,7 +206,7 @@ class Service:
 
     def _announce(self, engine: Engine) -> None:
         info = engine.info
-        ledger = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in info.ledger.items())
+        ledger = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in info.ledger.items() if size)
         logger.info("memory on %s: %s", info.device, ledger)
         logger.info(
             "ready: %s, %d tokens of context, %d KV tokens (%s), at most %d sequences, backend %s (%s)",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,30 +14,26 @@ from typing import Literal
 
 import torch
 
-from kernels.ops import make_ops
+from kernels.ops import Ops, make_ops
 from server.config import ServerConfig
-from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop, OnStep
-from server.engine.memory import MemoryBudgetError, plan_kv, read_memory
+from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
 from server.engine.runner import ModelRunner
+from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
 from server.model.facts import compression_facts
-from server.model.llama import Llama
-from server.model.load import load_model
+from server.model.load import WeightBytes, load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
 from server.sizes import format_bytes
 from spq.checkpoint import open_model
 from spq.errors import OptionError
-from spq.memory import PeakMemory
 
 logger = logging.getLogger(__name__)
 
-KERNEL_ROWS = (1, 5, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
-THREAD_TRIALS = 5
-THREAD_GAIN = 0.9  # of the time on one thread, or more threads are not worth their waiting
+INT8_KV_HEAD = 16  # entries of a head: from here on an int8 cache was measured to keep the quality
 
 Progress = Callable[[Literal["loading", "warming_up"], float], None]  # phase, share of it done
 
@@ -76,14 +71,25 @@ def build_engine(
             f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
             f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
         )
-    progress("warming_up", 0.0)
     ops.use_threads(threads)
-    kv_dtype = dtype if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype)
-    workspace = warm_up(model, config, min(config.max_batch_tokens, wanted_len), kv_dtype)
+    kv_dtype = pick_kv_dtype(config, spec.head_dim, device, dtype)
+    recorded = records_steps(config, ops)
+    parts = 3 if recorded else 1  # of the warming up, taken as equally long
+
+    def warming(part: int) -> Callable[[float], None]:
+        return lambda done: progress("warming_up", (part + done) / parts)
+
+    workspace = measure_workspace(
+        model, config, min(config.max_batch_tokens, wanted_len), kv_dtype, progress=warming(0)
+    )
+    graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
     if config.threads is None and device.type == "cpu":
         pick_threads(model, threads, config.block_size, kv_dtype)
     after = read_memory(device)
-    held = max(after.process, before.process + workspace)  # given back after a step, needed again by the next
+    # given back, and needed again by a step and by recording; a CPU's allocator may still hold it
+    held = after.process + workspace + graph_bytes
+    if device.type == "cpu":
+        held = max(after.process, before.process + workspace)
     after = replace(after, process=held, free=after.free - (held - after.process))
     plan = plan_kv(
         after,
@@ -98,16 +104,19 @@ def build_engine(
     )
     if plan.max_model_len < wanted_len:
         logger.warning("context limited to %d of %d tokens by memory", plan.max_model_len, wanted_len)
-    cache = allocate(spec, plan.num_blocks * config.block_size, kv_dtype, device)
-    kv_bytes = plan.num_blocks * config.block_size * bytes_per_token(spec, kv_dtype)
-    ledger = {
-        "weights": used.weights,
-        "low_rank": used.low_rank,
-        "kv": kv_bytes,
-        "workspace": workspace,
-        "other": after.process - workspace - used.weights - used.low_rank,
-        "free": plan.limit - after.process - kv_bytes,
-    }
+    num_pages = plan.num_blocks + recorded  # the last one, where there are graphs, is theirs
+    cache = allocate(spec, num_pages * config.block_size, kv_dtype, device)
+    graphs = None
+    if recorded:
+        graphs = record_graphs(model, cache, config, plan.num_blocks, plan.max_model_len, warming(2))
+    ledger = make_ledger(
+        used,
+        plan,
+        kv=plan.num_blocks * config.block_size * bytes_per_token(spec, kv_dtype),
+        workspace=workspace,
+        graphs=graph_bytes,
+        process=after.process,
+    )
     prefix_caching = config.prefix_caching and not model.rope.length_dependent
     blocks = BlockManager(plan.num_blocks, config.block_size, prefix_caching)
     scheduler = Scheduler(
@@ -118,7 +127,7 @@ def build_engine(
         admission_reserve=config.admission_reserve,
         drafter=NgramDrafter(config.speculative_ngram) if config.speculative_ngram else None,
     )
-    runner = ModelRunner(model, cache, config.block_size)
+    runner = ModelRunner(model, cache, config.block_size, graphs)
     loop = EngineLoop(scheduler, runner, on_step=on_step)
     info = ModelInfo(
         max_model_len=plan.max_model_len,
@@ -136,6 +145,26 @@ def build_engine(
         compression=compression_facts(spec, manifest),
     )
     return Engine(loop, info, max_queue=config.max_queue)
+
+
+def records_steps(config: ServerConfig, ops: Ops) -> bool:
+    """Whether decode steps become CUDA graphs: the reference reads lengths from the host, so it cannot be recorded."""
+    return config.cuda_graphs and ops.device.type == "cuda" and ops.name == "triton"
+
+
+def make_ledger(
+    used: WeightBytes, plan: KvPlan, *, kv: int, workspace: int, graphs: int, process: int
+) -> dict[str, int]:
+    """Bytes on the device by kind; they add up to the limit. `process` is what it holds without the cache."""
+    return {
+        "weights": used.weights,
+        "low_rank": used.low_rank,
+        "kv": kv,
+        "workspace": workspace,
+        "graphs": graphs,
+        "other": process - workspace - graphs - used.weights - used.low_rank,
+        "free": plan.limit - process - kv,
+    }
 
 
 def pick_device(config: ServerConfig) -> torch.device:
@@ -156,68 +185,14 @@ def pick_dtype(config: ServerConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (9, 0) else torch.float16
 
 
+def pick_kv_dtype(config: ServerConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """`auto`: on CUDA int8 where heads are long enough for it to keep the quality (docs/kv-cache.md), else `dtype`."""
+    if config.kv_dtype != "auto":
+        named: torch.dtype = getattr(torch, config.kv_dtype)
+        return named
+    return torch.int8 if device.type == "cuda" and head_dim >= INT8_KV_HEAD else dtype
+
+
 def device_name(device: torch.device) -> str:
     """'cuda: NVIDIA ...' or 'cpu'."""
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
-
-
-def pick_threads(model: Llama, cores: int, block_size: int, kv_dtype: torch.dtype) -> None:
-    """Keep all cores if they make a single decode step clearly faster than one thread does, else use one.
-
-    The matrices of a small model are done before a second thread has woken, and threads that wait for each other
-    suffer most when the machine has other work.
-    """
-    runner = ModelRunner(model, allocate(model.spec, block_size, kv_dtype, model.ops.device), block_size)
-    sequence = Sequence("threads", [0], 1, SamplingParams(max_tokens=1), Timings(time.monotonic()), block_table=[0])
-    batch = ScheduledBatch((Work(sequence, 1, samples=True),))
-    seconds: dict[int, float] = {}
-    for trial in range(THREAD_TRIALS + 1):
-        for threads in (cores, 1):
-            model.ops.use_threads(threads)
-            started = time.perf_counter()
-            runner.run(batch)
-            spent = time.perf_counter() - started
-            if trial:  # the first one starts the threads
-                seconds[threads] = min(spent, seconds.get(threads, spent))
-    chosen = cores if seconds[cores] < THREAD_GAIN * seconds[1] else 1
-    model.ops.use_threads(chosen)
-    logger.info(
-        "CPU threads: %d (a decode step takes %.1f ms on %d, %.1f ms on one)",
-        chosen,
-        1e3 * seconds[cores],
-        cores,
-        1e3 * seconds[1],
-    )
-
-
-def warm_up(model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch.dtype) -> int:
-    """Run the largest prefill chunk, then decode batches with the costliest sampling, on a throw-away cache.
-
-    On CUDA the batches are one of each size class that the kernels know, at short and long context, so that nothing is
-    compiled while a request waits. Returns the bytes a step needs beyond weights and cache, as measured.
-    """
-    size = config.block_size
-    device = model.ops.device
-    cuda = device.type == "cuda"
-    pages = list(range(-(-num_tokens // size)))
-    cache = allocate(model.spec, len(pages) * size, kv_dtype, device)
-    peak = PeakMemory(device)
-    resting = torch.cuda.memory_allocated(device) if cuda else peak.rss_at_start_bytes
-    runner = ModelRunner(model, cache, size)
-    params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=20)
-    now = Timings(time.monotonic())
-    prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
-    runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
-    sizes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
-    for count in sorted(sizes | {config.max_sampled_rows}):
-        for context in {1, num_tokens}:
-            decodes = [
-                Sequence(f"warm-up-{i}", [0] * context, 1, params, now, None, context - 1, block_table=pages)
-                for i in range(count)
-            ]
-            runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
-    workspace = max(0, (peak.gpu_bytes() if cuda else peak.rss_bytes()) - resting)
-    del cache, runner
-    if cuda:
-        torch.cuda.empty_cache()
-    return workspace

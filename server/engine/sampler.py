@@ -1,20 +1,92 @@
-"""From logits to token ids: penalties, biases, truncation, and one uniform number per token.
+"""From logits to token ids for all rows of a step at once: adjust, draw, score, and one wait to read the result.
 
-The uniform number is a function of (seed, index of the output token) and nothing else, so a request draws the same
-tokens whatever shares its batch, and again after a preemption. Log-probabilities are those of the raw logits.
+The uniform number of a draw is a function of (seed, index of the output token) and nothing else, so a request draws
+the same tokens whatever shares its batch, and again after a preemption. Log-probabilities are those of the raw logits.
+The numbers are made on the host and sent along: no generator lives on the device, and a seed means the same on each.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from server.core import SampledToken, Sequence, TokenLogprobs
+from server.core import SampledToken, Sequence
+from server.engine import draw, logprobs, penalties
+from server.engine.transfer import Column, download, upload
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow the logits
+# Candidates looked at before a row that may keep more is drawn again from the next number, at last from all tokens.
+# On CUDA, looking at the result is a wait for the device, so the first try has to do.
+CPU_CANDIDATES = (64, 1024)
+CUDA_CANDIDATES = (1024,)
 _MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows to draw in the same way, with what each asks for."""
+
+    index: array[int] = field(default_factory=lambda: array("q"))
+    temperature: array[float] = field(default_factory=lambda: array("d"))
+    points: array[float] = field(default_factory=lambda: array("d"))
+    top_k: array[int] = field(default_factory=lambda: array("q"))
+    top_p: array[float] = field(default_factory=lambda: array("d"))
+    min_p: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, row: int, sequence: Sequence) -> None:
+        """Append one row."""
+        params = sequence.params
+        self.index.append(row)
+        self.temperature.append(params.temperature)
+        self.points.append(uniform(params.seed, sequence.num_output_tokens))
+        self.top_k.append(params.top_k)
+        self.top_p.append(params.top_p)
+        self.min_p.append(params.min_p)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What goes to the device."""
+        return self.index, self.temperature, self.points, self.top_k, self.top_p, self.min_p
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    """Draw one token per row of float32 logits [R, vocab]; row i belongs to sequences[i]. May overwrite logits."""
+    whole, cut, scored, num_top = _sort_rows(sequences)
+    adjustments = penalties.collect(sequences, logits.shape[1])
+    if not (whole.index or cut.index or scored or adjustments):
+        [ids] = download([draw.greedy(logits)])
+        return [SampledToken(token_id) for token_id in ids.tolist()]
+    changes = () if adjustments is None else adjustments.columns
+    columns = upload([*whole.columns, *cut.columns, scored, *changes], logits.device)
+    to_whole, to_cut, to_scored, to_change = columns[:6], columns[6:12], columns[12], columns[13:]
+    raw = torch.log_softmax(logits[to_scored], -1) if scored else None
+    if to_change:
+        penalties.apply(logits, *to_change)
+    # every row has a best token, drawn or not; where all are drawn the place is only filled
+    drawn = len(whole.index) + len(cut.index)
+    ids = draw.greedy(logits) if drawn < len(sequences) else torch.empty_like(logits[:, 0], dtype=torch.int64)
+    if whole.index:
+        index, temperature, points = to_whole[:3]
+        ids[index] = draw.draw(_take(logits, index), temperature, points)
+    widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), logits.shape[1]))
+    while True:
+        settled = _draw_cut(logits, to_cut, next(widths), ids) if len(to_cut[0]) else None
+        scores = None if raw is None else logprobs.score(raw, ids[to_scored], num_top)
+        results = [ids, *(() if settled is None else (settled,)), *(() if scores is None else scores.tensors)]
+        host = download(results)
+        if settled is None or all(kept := host[1].tolist()):
+            break
+        again = array("q", [row for row, ok in enumerate(kept) if not ok])
+        [rows] = upload([again], logits.device)
+        to_cut = [column[rows] for column in to_cut]
+    tokens = [SampledToken(token_id) for token_id in host[0].tolist()]
+    if scores is not None:
+        for row, entry in zip(scored, scores.read(*host[-4:]), strict=True):
+            tokens[row] = SampledToken(tokens[row].token_id, entry)
+    return tokens
 
 
 def uniform(seed: int, index: int) -> float:
@@ -23,92 +95,33 @@ def uniform(seed: int, index: int) -> float:
     return (z >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-    """Draw one token per row of float32 logits [R, vocab]; row i belongs to sequences[i]. May overwrite logits."""
-    wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
-    raw = torch.log_softmax(logits[wanted], -1) if wanted else None
+def _sort_rows(sequences: list[Sequence]) -> tuple[_Rows, _Rows, array[int], list[int]]:
+    """Rows drawn from all tokens, rows drawn from the best, rows to score and how many best each of them wants."""
+    whole, cut = _Rows(), _Rows()
+    scored, num_top = array("q"), []
     for row, sequence in enumerate(sequences):
-        adjust(logits[row], sequence)
-    ids = torch.argmax(logits, -1)
-    random = [i for i, s in enumerate(sequences) if s.params.temperature >= GREEDY_BELOW]
-    if random:
-        ids[random] = _draw(logits[random], [sequences[i] for i in random])
-    tokens = ids.tolist()
-    if raw is None:
-        return [SampledToken(t) for t in tokens]
-    counts = [sequences[i].params.logprobs or 0 for i in wanted]
-    scores = dict(zip(wanted, token_logprobs(raw, [tokens[i] for i in wanted], counts), strict=True))
-    return [SampledToken(t, scores.get(i)) for i, t in enumerate(tokens)]
+        params = sequence.params
+        if params.temperature >= GREEDY_BELOW:
+            truncates = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+            (cut if truncates else whole).add(row, sequence)
+        if params.logprobs is not None:
+            scored.append(row)
+            num_top.append(params.logprobs)
+    return whole, cut, scored, num_top
 
 
-def token_logprobs(log_probs: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
-    """Score token_ids[i] in row i of log_probs [R, vocab], with the num_top[i] best tokens beside it."""
-    ids = torch.tensor(token_ids, device=log_probs.device)
-    chosen = log_probs.gather(1, ids[:, None])  # [R, 1]
-    ranks = (log_probs > chosen).sum(-1).add_(1).tolist()
-    best = torch.topk(log_probs, max(1, *num_top), -1) if any(num_top) else None
-    values = best.values.tolist() if best is not None else [[]] * len(token_ids)
-    indices = best.indices.tolist() if best is not None else [[]] * len(token_ids)
-    return [
-        TokenLogprobs(logprob, rank, tuple(zip(index[:k], value[:k], strict=True)))
-        for logprob, rank, index, value, k in zip(chosen[:, 0].tolist(), ranks, indices, values, num_top, strict=True)
-    ]
-
-
-def adjust(row: Tensor, sequence: Sequence) -> None:
-    """Apply penalties, biases and min_tokens to one row [vocab], in place."""
-    params = sequence.params
-    if params.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1; over prompt and output
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
-        scores = row[seen]
-        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-    if params.presence_penalty or params.frequency_penalty:  # as OpenAI's API reference defines them
-        times = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
-        ids = torch.tensor(list(times), dtype=torch.int64, device=row.device)
-        counts = torch.tensor(list(times.values()), dtype=row.dtype, device=row.device)
-        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    for token_id, bias in params.logit_bias:
-        row[token_id] += bias
-    if sequence.num_output_tokens < params.min_tokens:
-        for token_id in params.eos_token_ids | params.stop_token_ids:
-            row[token_id] = float("-inf")
-
-
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Inverse-CDF sampling of each row. Rows that truncate are handled apart, so none depends on its neighbours."""
-    params = [s.params for s in sequences]
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)
-    probs = torch.softmax(logits / temperature[:, None], -1)
-    points = torch.tensor(
-        [uniform(p.seed, s.num_output_tokens) for p, s in zip(params, sequences, strict=True)],
-        dtype=torch.float64,
-        device=device,
+def _draw_cut(logits: Tensor, columns: list[Tensor], num_candidates: int, ids: Tensor) -> Tensor:
+    """Draw the rows of `columns` (see _Rows) into ids int64 [R]; returns which are settled, bool [rows]."""
+    index, temperature, points, top_k, top_p, min_p = columns
+    ids[index], settled = draw.draw_truncated(
+        _take(logits, index), temperature, points, top_k, top_p, min_p, num_candidates
     )
-    ids = torch.empty(len(params), dtype=torch.int64, device=device)
-    cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-    whole = [i for i, p in enumerate(params) if not (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)]
-    if whole:
-        ids[whole] = _invert(probs[whole], points[whole])
-    if cut:
-        kept = [params[i] for i in cut]
-        ordered, order = torch.sort(probs[cut], dim=-1, descending=True, stable=True)
-        ranks = torch.arange(ordered.shape[1], device=device)
-        before = ordered.cumsum(-1) - ordered  # probability of all better tokens
-        keep = before < torch.tensor([[p.top_p] for p in kept], device=device)
-        keep &= ranks < torch.tensor([[p.top_k or ordered.shape[1]] for p in kept], device=device)
-        keep &= ordered >= torch.tensor([[p.min_p] for p in kept], device=device) * ordered[:, :1]
-        keep[:, 0] = True
-        picked = _invert(ordered * keep, points[cut])
-        ids[cut] = order.gather(1, picked[:, None])[:, 0]
-    return ids
+    return settled
 
 
-def _invert(weights: Tensor, points: Tensor) -> Tensor:
-    """Smallest index whose cumulative weight exceeds point * total; weights [R, V] need not sum to 1."""
-    cumulative = weights.double().cumsum(-1)
-    target = points[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(weights.shape[1] - 1)
+def _take(logits: Tensor, index: Tensor) -> Tensor:
+    """Rows of the logits, copied only where some are left out."""
+    return logits if len(index) == len(logits) else logits[index]
 
 
 def _mix(z: int) -> int:

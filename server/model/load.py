@@ -12,6 +12,7 @@ from typing import Any
 from kernels.layers import Layer
 from kernels.ops import Norm, Ops
 from kernels.weights import LinearWeight, LowRankWeight
+from server.model.balance import balance_norms, balance_projections
 from server.model.llama import Llama, ModelWeights
 from server.model.rope import RotaryTable
 from spq.checkpoint import WeightSource
@@ -55,13 +56,18 @@ def load_model(
     for i in range(spec.num_layers):
         prefix = spec.layer_prefix(i)
         q, k, v, o = (source.linear(f"{prefix}.self_attn.{name}_proj") for name in "qkvo")
+        q_norm = k_norm = None
+        if spec.qk_norm:
+            q_norm, k_norm = balance_norms(*(norm(f"{prefix}.self_attn.{name}_norm") for name in "qk"))
+        else:
+            q, k = balance_projections(q, k, spec.head_dim)
         gate, up, down = (source.linear(f"{prefix}.mlp.{name}_proj") for name in ("gate", "up", "down"))
         layers.append(
             Layer(
                 input_norm=norm(f"{prefix}.input_layernorm"),
                 qkv=count(ops.prepare_qkv(q, k, v), q, k, v),
-                q_norm=norm(f"{prefix}.self_attn.q_norm") if spec.qk_norm else None,
-                k_norm=norm(f"{prefix}.self_attn.k_norm") if spec.qk_norm else None,
+                q_norm=q_norm,
+                k_norm=k_norm,
                 o=count(ops.prepare_linear(o), o),
                 post_norm=norm(f"{prefix}.post_attention_layernorm"),
                 gate_up=count(ops.prepare_gate_up(gate, up), gate, up),

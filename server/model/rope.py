@@ -35,10 +35,15 @@ class RotaryTable:
             self._long = self._table(frequencies, max_len)
         self.length_dependent = max_len > self._threshold
 
+    def varies(self, lengths: list[int]) -> bool:
+        """Whether some of these sequence lengths have frequencies of their own."""
+        return self.length_dependent and max(lengths, default=0) > self._threshold
+
     def cos_sin(self, positions: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """float32 [T, D/2] each for positions int64 [T]; `lengths` are the governing sequence lengths [T]."""
+        """float32 [T, D/2] each for positions int64 [T]; `lengths` are the governing sequence lengths [T], or empty
+        where these do not vary. Only where they do, the host sends anything to the device."""
         cos, sin = self._base[0][positions], self._base[1][positions]
-        if not self.length_dependent or max(lengths) <= self._threshold:
+        if not self.varies(lengths):
             return cos, sin
         rows = [i for i, length in enumerate(lengths) if length > self._threshold]
         if self._long is not None:

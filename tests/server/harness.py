@@ -9,6 +9,7 @@ import torch
 
 from kernels.ops import BackendName, make_ops
 from server.core import SamplingParams, Sequence, StepOutput, Timings
+from server.engine.graphs import DecodeGraphs, Recorder
 from server.engine.kv_cache import allocate
 from server.engine.runner import ModelRunner
 from server.model.load import load_model
@@ -35,15 +36,30 @@ class Harness:
         prefix_caching: bool = True,
         dtype: torch.dtype = torch.float32,
         speculative_ngram: int = 0,
+        device: str = "cpu",
+        recorder: Recorder | None = None,
     ) -> None:
+        """With a recorder, steps that only decode go through graphs made by it."""
         source = open_model(folder)
         self.spec = source.spec
         self.model, self.bytes = load_model(
-            source, make_ops(torch.device("cpu"), dtype, backend), source.spec.max_positions
+            source, make_ops(torch.device(device), dtype, backend), source.spec.max_positions
         )
-        cache = allocate(self.spec, num_blocks * block_size, kv_dtype, torch.device("cpu"))
         self.outputs: list[StepOutput] = []
-        self.runner = ModelRunner(self.model, cache, block_size)
+        num_pages = num_blocks + (recorder is not None)
+        self.cache = allocate(self.spec, num_pages * block_size, kv_dtype, torch.device(device))
+        self.graphs = None
+        if recorder is not None:
+            self.graphs = DecodeGraphs(
+                self.model,
+                self.cache,
+                block_size=block_size,
+                scratch_page=num_blocks,
+                max_num_seqs=max_num_seqs,
+                max_model_len=self.spec.max_positions,
+            )
+            self.graphs.record(recorder, lambda done: None)
+        self.runner = ModelRunner(self.model, self.cache, block_size, self.graphs)
         self.scheduler = Scheduler(
             BlockManager(num_blocks, block_size, prefix_caching and not self.model.rope.length_dependent),
             max_num_seqs=max_num_seqs,

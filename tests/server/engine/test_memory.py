@@ -9,8 +9,9 @@ import torch
 from models import random_model
 
 from server.config import ServerConfig
-from server.engine.build import build_engine
+from server.engine.build import build_engine, make_ledger, pick_kv_dtype
 from server.engine.memory import DeviceMemory, MemoryBudgetError, plan_kv, read_memory
+from server.model.load import WeightBytes
 from server.sizes import format_bytes, parse_bytes
 from spq.errors import OptionError
 
@@ -91,6 +92,41 @@ def test_the_ledger_adds_up_to_the_limit(tmp_path: Path, kv_dtype: str) -> None:
     assert abs(sum(info.ledger.values()) - 4000 * MIB) < 64 * MIB  # free memory moves while the engine is built
     per_head = {"auto": 4 * 12, "int8": 12 + 4, "bfloat16": 2 * 12}[kv_dtype]
     assert info.ledger["kv"] == info.kv_tokens * 2 * 3 * 2 * per_head
+
+
+def test_a_ledger_with_graphs_adds_up() -> None:
+    used, found = WeightBytes(3000 * MIB, 500 * MIB), plan(process=4200 * MIB)
+    kv = found.num_blocks * 16 * 64 * 1024
+    ledger = make_ledger(used, found, kv=kv, workspace=300 * MIB, graphs=90 * MIB, process=4200 * MIB)
+    assert sum(ledger.values()) == found.limit == 12200 * MIB
+    assert ledger["graphs"] == 90 * MIB
+    assert ledger["other"] == 310 * MIB
+    assert 0 <= ledger["free"] < 0.03 * found.limit + 32 * MIB  # the margin, and less than one page
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_are_in_the_ledger_of_a_gpu(tmp_path: Path) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    for on in (True, False):
+        told: list[float] = []
+        config = ServerConfig(model=str(tmp_path), device="cuda", cuda_graphs=on, kv_memory=64 * MIB)
+        info = build_engine(tmp_path, config, progress=lambda phase, done, told=told: told.append(done)).info
+        assert (info.ledger["graphs"] > 0) == on
+        assert min(info.ledger.values()) >= 0
+        assert len(set(told)) > (30 if on else 3)  # of loading, of each step and of each graph, twice
+
+
+def test_the_kv_cache_is_int8_where_it_is_read_by_a_gpu() -> None:
+    def pick(device: torch.device, head_dim: int, kv_dtype: str = "auto") -> torch.dtype:
+        config = ServerConfig(model="m", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        return pick_kv_dtype(config, head_dim, device, torch.bfloat16)
+
+    assert pick(CUDA, 128) == torch.int8
+    assert pick(CUDA, 8) == torch.bfloat16
+    assert pick(CPU, 128) == torch.bfloat16
+    assert pick(CUDA, 128, "float16") == torch.float16
+    assert pick(CPU, 128, "int8") == torch.int8
 
 
 def test_this_process_is_measured() -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from server.core import SamplingParams, Sequence, Timings
-from server.engine.sampler import adjust, sample, uniform
+from server.engine import penalties
+from server.engine.sampler import sample, uniform
+from server.engine.transfer import upload
 
 VOCAB = 50
 
@@ -28,6 +30,15 @@ def draws(row: torch.Tensor, count: int = 4000, **params: object) -> torch.Tenso
     sequences = [sequence(seed=i, **params) for i in range(count)]
     ids = [t.token_id for t in sample(row.repeat(count, 1), sequences)]
     return torch.bincount(torch.tensor(ids), minlength=VOCAB) / count
+
+
+def adjusted(row: torch.Tensor, item: Sequence) -> torch.Tensor:
+    """One row [vocab] as the sampler changes it."""
+    rows = row[None].clone()
+    found = penalties.collect([item], VOCAB)
+    if found is not None:
+        penalties.apply(rows, *upload(found.columns, rows.device))
+    return rows[0]
 
 
 def test_temperature_zero_is_argmax() -> None:
@@ -83,8 +94,7 @@ def test_penalties_match_their_definitions() -> None:
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
     for token, count in ((5, 2), (9, 1)):
         expected[token] -= 0.4 + 0.3 * count
-    adjust(row, item)
-    torch.testing.assert_close(row, expected)
+    torch.testing.assert_close(adjusted(row, item), expected)
 
 
 def test_logit_bias_forces_and_forbids() -> None:
