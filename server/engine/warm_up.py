@@ -31,14 +31,16 @@ Share = Callable[[float], None]  # told the share that is done
 
 
 def measure_workspace(
-    model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch.dtype, progress: Share
+    model: Llama, config: ServerConfig, max_model_len: int, kv_dtype: torch.dtype, progress: Share
 ) -> int:
     """Run the largest prefill chunk, then decode batches with the costliest sampling, on a throw-away cache.
 
-    On CUDA the batches are one of each size class that the kernels know, at short and long context. Returns the bytes
-    a step needs beyond weights and cache.
+    On CUDA the batches are one of each size class that the kernels know, at short and at the longest context: the
+    parts of split attention are counted by it (tokens beyond the prompt's are in its pages again). Returns the bytes a
+    step needs beyond weights and cache.
     """
     size = config.block_size
+    num_tokens = min(config.max_batch_tokens, max_model_len)
     device = model.ops.device
     cuda = device.type == "cuda"
     pages = list(range(-(-num_tokens // size)))
@@ -52,12 +54,14 @@ def measure_workspace(
     prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
     runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
     classes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
-    steps = [(count, context) for count in sorted(classes | {config.max_num_seqs}) for context in {1, num_tokens}]
+    longest = max_model_len if cuda else num_tokens
+    steps = [(count, context) for count in sorted(classes | {config.max_num_seqs}) for context in {1, longest}]
     for done, (count, context) in enumerate(steps, start=1):
         progress(done / (len(steps) + 1))
+        table = [pages[i % len(pages)] for i in range(-(-context // size))]
+        tokens = [0] * context
         decodes = [
-            Sequence(f"warm-up-{i}", [0] * context, 1, params, now, None, context - 1, block_table=pages)
-            for i in range(count)
+            Sequence(f"warm-up-{i}", tokens, 1, params, now, None, context - 1, block_table=table) for i in range(count)
         ]
         runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
     workspace = max(0, (peak.gpu_bytes() if cuda else peak.rss_bytes()) - resting)
@@ -95,7 +99,7 @@ def measure_graphs(
     torch.cuda.empty_cache()
     taken = read_memory(device).process - before
     del cache, graphs
-    gc.collect()  # a recorded step and what replays it may refer to each other
+    gc.collect()  # a graph is freed with its last reference, which may be in a cycle
     torch.cuda.empty_cache()
     return max(0, taken)
 
