@@ -79,9 +79,7 @@ def build_engine(
     def warming(part: int) -> Callable[[float], None]:
         return lambda done: progress("warming_up", (part + done) / parts)
 
-    workspace = measure_workspace(
-        model, config, min(config.max_batch_tokens, wanted_len), kv_dtype, progress=warming(0)
-    )
+    workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
     if config.threads is None and device.type == "cpu":
         pick_threads(model, threads, config.block_size, kv_dtype)

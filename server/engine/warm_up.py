@@ -25,20 +25,24 @@ logger = logging.getLogger(__name__)
 
 KERNEL_ROWS = (1, 5, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
 THREAD_TRIALS = 5
-THREAD_GAIN = 0.9  # of the time on one thread, or more threads are not worth their waiting
+# Most that a step on all cores may take, of the time on one thread. torch's threads wait for each other and so suffer
+# from every other program; the native ones do not, and help most with the batches and prompts that are not timed here.
+THREAD_GAIN = {"native": 1.2, "cpu": 0.9, "reference": 0.9}
 
 Share = Callable[[float], None]  # told the share that is done
 
 
 def measure_workspace(
-    model: Llama, config: ServerConfig, num_tokens: int, kv_dtype: torch.dtype, progress: Share
+    model: Llama, config: ServerConfig, max_model_len: int, kv_dtype: torch.dtype, progress: Share
 ) -> int:
     """Run the largest prefill chunk, then decode batches with the costliest sampling, on a throw-away cache.
 
-    On CUDA the batches are one of each size class that the kernels know, at short and long context. Returns the bytes
-    a step needs beyond weights and cache.
+    On CUDA the batches are one of each size class that the kernels know, at short and at the longest context: the
+    parts of split attention are counted by it (tokens beyond the prompt's are in its pages again). Returns the bytes a
+    step needs beyond weights and cache.
     """
     size = config.block_size
+    num_tokens = min(config.max_batch_tokens, max_model_len)
     device = model.ops.device
     cuda = device.type == "cuda"
     pages = list(range(-(-num_tokens // size)))
@@ -52,12 +56,14 @@ def measure_workspace(
     prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
     runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
     classes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
-    steps = [(count, context) for count in sorted(classes | {config.max_sampled_rows}) for context in {1, num_tokens}]
+    longest = max_model_len if cuda else num_tokens
+    steps = [(count, context) for count in sorted(classes | {config.max_sampled_rows}) for context in {1, longest}]
     for done, (count, context) in enumerate(steps, start=1):
         progress(done / (len(steps) + 1))
+        table = [pages[i % len(pages)] for i in range(-(-context // size))]
+        tokens = [0] * context
         decodes = [
-            Sequence(f"warm-up-{i}", [0] * context, 1, params, now, None, context - 1, block_table=pages)
-            for i in range(count)
+            Sequence(f"warm-up-{i}", tokens, 1, params, now, None, context - 1, block_table=table) for i in range(count)
         ]
         runner.run(ScheduledBatch(tuple(Work(s, 1, samples=True) for s in decodes)))
     workspace = max(0, (peak.gpu_bytes() if cuda else peak.rss_bytes()) - resting)
@@ -95,34 +101,33 @@ def measure_graphs(
     torch.cuda.empty_cache()
     taken = read_memory(device).process - before
     del cache, graphs
-    gc.collect()  # a recorded step and what replays it may refer to each other
+    gc.collect()  # a graph is freed with its last reference, which may be in a cycle
     torch.cuda.empty_cache()
     return max(0, taken)
 
 
-def pick_threads(model: Llama, block_size: int, kv_dtype: torch.dtype) -> None:
-    """Keep all cores if they make a single decode step clearly faster than one thread does, else use one.
+def pick_threads(model: Llama, cores: int, block_size: int, kv_dtype: torch.dtype) -> None:
+    """Let all cores work if they do not make a single decode step slower (THREAD_GAIN), else one thread.
 
-    The matrices of a small model are done before a second thread has woken, and threads that wait for each other
-    suffer most when the machine has other work.
+    The matrices of a small model are done before a second thread has woken.
     """
     runner = ModelRunner(model, allocate(model.spec, block_size, kv_dtype, model.ops.device), block_size)
     sequence = Sequence("threads", [0], 1, SamplingParams(max_tokens=1), Timings(time.monotonic()), block_table=[0])
     batch = ScheduledBatch((Work(sequence, 1, samples=True),))
-    cores = torch.get_num_threads()
     seconds: dict[int, float] = {}
     for trial in range(THREAD_TRIALS + 1):
         for threads in (cores, 1):
-            torch.set_num_threads(threads)
+            model.ops.use_threads(threads)
             started = time.perf_counter()
             runner.run(batch)
             spent = time.perf_counter() - started
             if trial:  # the first one starts the threads
                 seconds[threads] = min(spent, seconds.get(threads, spent))
-    torch.set_num_threads(cores if seconds[cores] < THREAD_GAIN * seconds[1] else 1)
+    chosen = cores if seconds[cores] < THREAD_GAIN[model.ops.name] * seconds[1] else 1
+    model.ops.use_threads(chosen)
     logger.info(
         "CPU threads: %d (a decode step takes %.1f ms on %d, %.1f ms on one)",
-        torch.get_num_threads(),
+        chosen,
         1e3 * seconds[cores],
         cores,
         1e3 * seconds[1],

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from server.core import SamplingParams, Sequence, Timings
@@ -86,8 +86,8 @@ def batches(draw_from: st.DrawFn) -> tuple[int, list[SamplingParams], list[list[
 
 
 # A uniform number that falls within float32 rounding of a boundary would choose differently: one in 10^5 draws. The
-# examples are therefore the same in every run.
-@settings(max_examples=150, deadline=None, derandomize=True)
+# examples are therefore the same in every run. Shrinking one that fails takes minutes and shows no more.
+@settings(max_examples=150, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(batches())
 def test_all_rows_at_once_choose_what_each_would_alone(
     batch: tuple[int, list[SamplingParams], list[list[int]], int, float],
@@ -120,7 +120,7 @@ def test_the_inverse_never_chooses_a_weight_of_zero(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     weights = torch.rand(40, vocab, generator=generator) * (torch.rand(40, vocab, generator=generator) < 0.02)
     weights[:, vocab // 2] = 1e-3
-    for point in (0.0, 0.37, 1 - 2.0**-53):
+    for point in (0.0, 0.37, 1 - 2.0**-53, 1.0):  # how far a point lies within its block may round to 1
         index = draw.invert(weights, torch.full((40,), point, dtype=torch.float64))
         assert (weights.gather(1, index[:, None]) > 0).all()
         exact = weights.double().cumsum(-1)
