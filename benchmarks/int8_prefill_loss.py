@@ -47,7 +47,7 @@ def measure(folder: Path, text: str, max_tokens: int | None) -> tuple[float, flo
     checkpoint = open_model(folder)
     window = min(_WINDOW, checkpoint.spec.max_positions)
     checkpoint.close()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()  # type: ignore[no-untyped-call]
     ids = tokenize(folder, text)
 
     def logits(batch: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def calls_per_step(runner: ModelRunner, arguments: argparse.Namespace, vocab: in
     for _ in range(PROFILED_STEPS):
         step(runner, sequences, 1)
     profile.disable()
-    return pstats.Stats(profile).total_calls / PROFILED_STEPS  # type: ignore[attr-defined]
+    calls: int = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+    return calls / PROFILED_STEPS
 
 
 def main() -> None:

@@ -87,7 +87,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "kernels; auto: Triton on CUDA, native (C) where it was built, else cpu",
             choices=("auto", "reference", "cpu", "native", "triton"),
         ),
-        Option("kv-dtype", "of the KV cache; auto: int8 on CUDA, else as --dtype", choices=("auto", "int8", *FLOATS)),
+        Option(
+            "kv-dtype",
+            "of the KV cache; auto: int8 with the triton and native backends, else as --dtype",
+            choices=("auto", "int8", *FLOATS),
+        ),
         Option(
             "memory-budget",
             "bytes the whole process may hold on the device, e.g. 6GiB (default: what is free)",

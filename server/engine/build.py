@@ -72,7 +72,7 @@ def build_engine(
             f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
         )
     ops.use_threads(threads)
-    kv_dtype = pick_kv_dtype(config, spec.head_dim, device, dtype)
+    kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
     recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
 
@@ -183,12 +183,13 @@ def pick_dtype(config: ServerConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (9, 0) else torch.float16
 
 
-def pick_kv_dtype(config: ServerConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """`auto`: on CUDA int8 where heads are long enough for it to keep the quality (docs/kv-cache.md), else `dtype`."""
+def pick_kv_dtype(config: ServerConfig, head_dim: int, ops: Ops) -> torch.dtype:
+    """`auto`: int8 where the kernels read it as it is and heads are long enough for it to keep the quality
+    (docs/kv-cache.md), else the dtype of activations."""
     if config.kv_dtype != "auto":
         named: torch.dtype = getattr(torch, config.kv_dtype)
         return named
-    return torch.int8 if device.type == "cuda" and head_dim >= INT8_KV_HEAD else dtype
+    return torch.int8 if ops.name in ("triton", "native") and head_dim >= INT8_KV_HEAD else ops.dtype
 
 
 def device_name(device: torch.device) -> str:

@@ -98,7 +98,7 @@ def server(cache: Path) -> Iterator[Server]:
     assert model is not None, "the demo model is part of the repository"
     # 6 MiB of KV cache hold 2,048 tokens: 32 sequences of mixed length do not fit at once
     running = start(
-        model, cache, "--served-model-name", "demo", "--memory-budget", str(BUDGET), "--kv-memory", "6MiB",
+        model, cache, "--served-model-name", "demo", "--memory-budget", str(BUDGET), "--kv-memory", "1700KiB",
         "--admission-reserve", "0", "--max-num-seqs", "32",
     )  # fmt: skip
     yield running

@@ -117,16 +117,23 @@ def test_graphs_are_in_the_ledger_of_a_gpu(tmp_path: Path) -> None:
         assert len(set(told)) > (30 if on else 3)  # of loading, of each step and of each graph, twice
 
 
-def test_the_kv_cache_is_int8_where_it_is_read_by_a_gpu() -> None:
-    def pick(device: torch.device, head_dim: int, kv_dtype: str = "auto") -> torch.dtype:
-        config = ServerConfig(model="m", kv_dtype=kv_dtype)  # type: ignore[arg-type]
-        return pick_kv_dtype(config, head_dim, device, torch.bfloat16)
+def test_the_kv_cache_is_int8_where_kernels_read_it_as_it_is() -> None:
+    class FakeOps:
+        dtype = torch.bfloat16
 
-    assert pick(CUDA, 128) == torch.int8
-    assert pick(CUDA, 8) == torch.bfloat16
-    assert pick(CPU, 128) == torch.bfloat16
-    assert pick(CUDA, 128, "float16") == torch.float16
-    assert pick(CPU, 128, "int8") == torch.int8
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def pick(backend: str, head_dim: int, kv_dtype: str = "auto") -> torch.dtype:
+        config = ServerConfig(model="m", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        return pick_kv_dtype(config, head_dim, FakeOps(backend))  # type: ignore[arg-type]
+
+    assert pick("triton", 128) == torch.int8
+    assert pick("native", 16) == torch.int8
+    assert pick("triton", 8) == torch.bfloat16
+    assert pick("cpu", 128) == torch.bfloat16
+    assert pick("triton", 128, "float16") == torch.float16
+    assert pick("cpu", 128, "int8") == torch.int8
 
 
 def test_this_process_is_measured() -> None:
