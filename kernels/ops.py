@@ -148,18 +148,25 @@ class Ops(Protocol):
         ...
 
 
-def make_ops(device: torch.device, dtype: torch.dtype, backend: BackendName = "auto") -> Ops:
+def make_ops(
+    device: torch.device, dtype: torch.dtype, backend: BackendName = "auto", *, int8_prefill: bool = False
+) -> Ops:
     """The implementation for a device: Triton on CUDA; elsewhere the compiled one where it was built and passes its
     test, else the portable one; unless one is named.
 
-    Raises ValueError for a name that is none of `BackendName`, RuntimeError where the device cannot run it.
+    `int8_prefill` lets long steps multiply int8 activations (Triton only).
+
+    Raises ValueError for a name that is none of `BackendName` or an option that the back end does not have,
+    RuntimeError where the device cannot run it.
     """
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else _cpu_backend()
     if backend == "triton":
         from kernels.gpu.backend import TritonOps  # imports triton: absent on machines without it
 
-        return TritonOps(device, dtype)
+        return TritonOps(device, dtype, int8_prefill=int8_prefill)
+    if int8_prefill:
+        raise ValueError(f"int8 activations for prompts need the triton backend, this is {backend}")
     if backend == "native":
         from kernels.native.backend import NativeOps
 

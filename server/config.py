@@ -32,6 +32,7 @@ class ServerConfig(BaseModel):
     kv_dtype: Literal["auto", "int8", "float32", "float16", "bfloat16"] = "auto"
     memory_budget: int | None = Field(None, gt=0)  # bytes on the device, whole process
     kv_memory: int | None = Field(None, gt=0)  # bytes, overrides what the budget would leave
+    int8_prefill: bool = False
     cuda_graphs: bool = True
     threads: int | None = Field(None, ge=1)  # CPU threads for tensor work
 

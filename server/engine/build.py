@@ -53,7 +53,10 @@ def build_engine(
     dtype = pick_dtype(config, device)
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    ops = make_ops(device, dtype, config.backend)
+    try:
+        ops = make_ops(device, dtype, config.backend, int8_prefill=config.int8_prefill)
+    except ValueError as error:
+        raise OptionError(f"--device {device.type}, --backend {config.backend}: {error}") from error
     source = open_model(folder)
     spec = source.spec
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:

@@ -69,6 +69,13 @@ def test_an_impossible_budget_says_how_much_is_needed() -> None:
     plan(memory_budget=parse_bytes(needed) + 20 * MIB)  # 3 printed digits, and the margin grows with the budget
 
 
+def test_int8_prompts_are_refused_where_no_kernel_has_them(tmp_path: Path) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    config = ServerConfig(model=str(tmp_path), device="cpu", int8_prefill=True)
+    with pytest.raises(OptionError, match=r"--device cpu.*need the triton backend"):
+        build_engine(tmp_path, config, progress=lambda phase, done: None)
+
+
 def test_an_impossible_budget_is_refused_by_the_real_thing(tmp_path: Path) -> None:
     random_model("llama").save_pretrained(tmp_path)
     config = ServerConfig(model=str(tmp_path), device="cpu", memory_budget=64 * MIB)
