@@ -1,0 +1,1 @@
+"""Programs that measure: never imported by the product, never tests."""

@@ -1,0 +1,173 @@
+"""The one client that loads every server alike: a burst of N streamed completions, and when each token came.
+
+Raw HTTP/1.1 on asyncio streams, no client library: it shares the cores with the server, and a library's time per chunk
+would be a cost of the server's in these figures. It reads what OpenAI-compatible servers send to `POST /v1/completions`
+and no more; `Wave` refuses work that was not what was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import random
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WHOLE_WORD = re.compile(r"Ġ[A-Za-z]+")  # with its space in front, as a byte-level vocabulary writes it
+
+
+class UnequalWork(RuntimeError):
+    """An answer was not of the asked length, so its time cannot be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt both ways; `ids` are what a tokenizer makes of `text`."""
+
+    text: str
+    ids: list[int]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One stream. Times in seconds."""
+
+    ttft_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)  # between chunks of text
+    chunks: int = 0
+    prompt_tokens: int | None = None  # as the server counted them; None: it did not say
+    completion_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class Wave:
+    """A burst of answers, from the first request sent to the last token received."""
+
+    answers: list[Answer]
+    spent_s: float
+    new_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """All answers together."""
+        return len(self.answers) * self.new_tokens / self.spent_s
+
+    def check(self, prompt_tokens: int) -> None:
+        """Raise UnequalWork unless every answer was of exactly the asked size, by the server's own count."""
+        for answer in self.answers:
+            if answer.completion_tokens != self.new_tokens:
+                raise UnequalWork(f"an answer of {answer.completion_tokens} tokens instead of {self.new_tokens}")
+            if answer.prompt_tokens != prompt_tokens:
+                raise UnequalWork(f"a prompt of {answer.prompt_tokens} tokens instead of {prompt_tokens}")
+            if answer.chunks < 0.9 * self.new_tokens:
+                raise UnequalWork(f"{self.new_tokens} tokens came in {answer.chunks} chunks: gaps are not per token")
+
+
+def make_prompts(tokenizer: Path, count: int, tokens: int, seed: int) -> list[Prompt]:
+    """Prompts of random words that are one token each, so text and ids are the same work."""
+    words, draw = _whole_words(tokenizer), random.Random(seed)
+    prompts = []
+    for _ in range(count):
+        chosen = draw.choices(words, k=tokens)
+        prompts.append(Prompt("".join(text for _, text in chosen), [index for index, _ in chosen]))
+    return prompts
+
+
+@functools.cache
+def _whole_words(tokenizer: Path) -> list[tuple[int, str]]:
+    """Id and text of the words that are one token, space in front, by id."""
+    vocab: dict[str, int] = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    return sorted((index, token.replace("Ġ", " ")) for token, index in vocab.items() if WHOLE_WORD.fullmatch(token))
+
+
+async def run_wave(
+    port: int, prompts: list[Prompt], new_tokens: int, extra: dict[str, Any], as_ids: bool = True
+) -> Wave:
+    """Send all prompts at once to 127.0.0.1. `extra` is added to each body. Raises RuntimeError on any other answer."""
+    bodies = [
+        json.dumps(
+            {
+                "model": "bench",
+                "prompt": prompt.ids if as_ids else prompt.text,
+                "max_tokens": new_tokens,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                **extra,
+            }
+        ).encode()
+        for prompt in prompts
+    ]
+    started = time.perf_counter()
+    answers = await asyncio.gather(*(_stream(port, body) for body in bodies))
+    return Wave(list(answers), time.perf_counter() - started, new_tokens)
+
+
+async def _stream(port: int, body: bytes) -> Answer:
+    answer, last = Answer(), time.perf_counter()
+    async for data in _events(port, body):
+        now = time.perf_counter()
+        has_text = read_event(data, answer)
+        if has_text:
+            if answer.chunks == 1:
+                answer.ttft_s = now - last
+            else:
+                answer.gaps_s.append(now - last)
+            last = now
+    return answer
+
+
+def read_event(data: bytes, answer: Answer) -> bool:
+    """Note what one server-sent event says. True if it carried text. Raises RuntimeError if it is an error."""
+    event = json.loads(data)
+    if "error" in event:
+        raise RuntimeError(f"the server sent an error: {data.decode()}")
+    usage = event.get("usage")
+    if usage:
+        answer.prompt_tokens = usage.get("prompt_tokens")
+        answer.completion_tokens = usage.get("completion_tokens")
+    choices = event.get("choices")
+    if choices and choices[0].get("text"):
+        answer.chunks += 1
+        return True
+    return False
+
+
+async def _events(port: int, body: bytes) -> AsyncIterator[bytes]:
+    """The `data:` payloads of one POST, without the closing [DONE]."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+            b"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (port, len(body)) + body
+        )
+        await writer.drain()
+        head = await reader.readuntil(b"\r\n\r\n")
+        status = int(head.split(b" ", 2)[1])
+        if status != 200:
+            raise RuntimeError(f"HTTP {status}: {(await reader.read(2000)).decode(errors='replace')}")
+        parts = _chunks(reader) if b"transfer-encoding: chunked" in head.lower() else _plain(reader)
+        pending = b""
+        async for part in parts:
+            *lines, pending = (pending + part).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:") and (payload := line[5:].strip()) != b"[DONE]":
+                    yield payload
+    finally:
+        writer.close()
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int(await reader.readline(), 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)  # CRLF
+
+
+async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while part := await reader.read(65536):
+        yield part
