@@ -38,6 +38,7 @@ class Contender:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.template = server  # without the paths of this machine
         self.server = server.filled(values | {"port": str(self.port)})
         self._environment = {k: v for k, v in environment.items() if not k.startswith(OPTIONS_OF_SERVERS)}
         self._log = logs / f"{server.name}.log"

@@ -28,22 +28,26 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Measure, print Markdown, write JSON."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     servers = catalogue()
     for variant in arguments.variant:
         added = with_flags(servers, variant)
         servers[added.name] = added
-    names = arguments.servers.split(",")
     paths = {k: str(v) for k, v in vars(arguments).items() if v is not None}
     arguments.cache.mkdir(parents=True, exist_ok=True)
     paths |= {"python": sys.executable, "cores": f"0-{arguments.threads - 1}"}
-    contenders = [Contender(servers[name], paths, os.environ, arguments.cache) for name in names]
+    try:
+        chosen = [servers[name] for name in arguments.servers.split(",")]
+        contenders = [Contender(server, paths, os.environ, arguments.cache) for server in chosen]
+    except KeyError as error:
+        parser.error(f"no server or path of the name {error}: see --help")
     load = Load(arguments.model, arguments.prompt_tokens, arguments.new_tokens, arguments.max_others)
     levels = [int(level) for level in arguments.levels.split(",")]
     facts = _facts(arguments, contenders)
     memory = {}
-    for contender in contenders:
+    for contender in [] if arguments.skip_memory else contenders:
         memory[contender.server.name] = measured = measure_memory(contender, load, levels)
         logging.info("%s: peak %.0f MiB", contender.server.name, measured.peak_bytes / 2**20)
     turns = compare(contenders, load, levels, arguments.rounds, arguments.attempts)
@@ -57,6 +61,7 @@ def main() -> None:
         "verdicts": list(map(asdict, verdicts)),
         "turns": list(map(report.compact, turns)),
     }
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{arguments.name}.json"
     path.write_text(json.dumps(facts | results, indent=1) + "\n", "utf-8")
 
@@ -71,7 +76,7 @@ def _facts(arguments: argparse.Namespace, contenders: list[Contender]) -> dict[s
         "python": platform.python_version(),
         "commit": _output(("git", "describe", "--always", "--dirty")),
         "versions": {c.server.name: _output(c.server.version) for c in contenders},
-        "commands": {c.server.name: [*(f"{k}={v}" for k, v in c.server.env.items()), *c.server.command]
+        "commands": {c.server.name: " ".join([*(f"{k}={v}" for k, v in c.template.env.items()), *c.template.command])
                      for c in contenders},
         "load": {k: getattr(arguments, k) for k in
                  ("levels", "rounds", "prompt_tokens", "new_tokens", "threads", "max_others", "attempts")},
@@ -79,9 +84,9 @@ def _facts(arguments: argparse.Namespace, contenders: list[Contender]) -> dict[s
 
 
 def _output(command: tuple[str, ...]) -> str:
-    """What a command prints, on either stream, in one line; programs put their version on either."""
+    """What a command prints, on either stream, in one line; some programs put their version on the second."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return " ".join((done.stdout + done.stderr).split())
+    return " ".join((done.stdout.strip() or done.stderr).split())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each server at each level (default: 5)")
     parser.add_argument("--attempts", type=int, default=3, help="at a turn that others disturb (default: 3)")
     parser.add_argument("--max-others", type=float, default=0.25, help="cores that others may take (default: 0.25)")
+    parser.add_argument("--skip-memory", action="store_true", help="times only, to compare settings quickly")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--new-tokens", type=int, default=64, help="per answer (default: 64)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each server (default: cores)")
