@@ -23,7 +23,7 @@ from spq.memory import PeakMemory
 
 logger = logging.getLogger(__name__)
 
-KERNEL_ROWS = (1, 5, 17, 33, 65)  # one batch of each class of rows in kernels.gpu.configs
+KERNEL_ROWS = (1, 5, 17, 33, 65)  # one number of each class of rows in kernels.gpu.configs
 THREAD_TRIALS = 5
 # Most that a step on all cores may take, of the time on one thread. torch's threads wait for each other and so suffer
 # from every other program; the native ones do not, and help most with the batches and prompts that are not timed here.
@@ -37,7 +37,7 @@ def measure_workspace(
 ) -> int:
     """Run the largest prefill chunk, then decode batches with the costliest sampling, on a throw-away cache.
 
-    On CUDA the batches are one of each size class that the kernels know, at short and at the longest context: the
+    On CUDA both are run in each size class that the kernels know, and decodes at short and at the longest context: the
     parts of split attention are counted by it (tokens beyond the prompt's are in its pages again). Returns the bytes a
     step needs beyond weights and cache.
     """
@@ -53,9 +53,11 @@ def measure_workspace(
     flat = 1000.0  # temperature: every token is about as likely, so the candidates do not suffice and all are sorted
     params = SamplingParams(max_tokens=1, temperature=flat, top_p=0.9, logprobs=20)
     now = Timings(time.monotonic())
-    prompt = Sequence("warm-up", [0] * num_tokens, num_tokens, params, now, block_table=pages)
-    runner.run(ScheduledBatch((Work(prompt, num_tokens, samples=True),)))
-    classes = {min(rows, config.max_num_seqs) for rows in KERNEL_ROWS} if cuda else set()
+    rows_of_kernels = set(KERNEL_ROWS) if cuda else set()
+    for length in sorted({min(rows, num_tokens) for rows in rows_of_kernels} | {num_tokens}):
+        prompt = Sequence("warm-up", [0] * length, length, params, now, block_table=pages)
+        runner.run(ScheduledBatch((Work(prompt, length, samples=True),)))
+    classes = {min(rows, config.max_num_seqs) for rows in rows_of_kernels}
     longest = max_model_len if cuda else num_tokens
     steps = [(count, context) for count in sorted(classes | {config.max_sampled_rows}) for context in {1, longest}]
     for done, (count, context) in enumerate(steps, start=1):
