@@ -7,43 +7,20 @@ it and has a tail of its own. Single requests, so that nothing waits for anythin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 from transformers import AutoConfig
 
+from server.bench import start_server
 from server.bench_model import random_model
 
 TOKENIZER = Path("demo/storyteller")
-START_LIMIT_S = 300
-
-
-def start_server(model: str, preset: str, threads: int) -> tuple[subprocess.Popen[bytes], str]:
-    """The server in a process of its own, with its URL, once it is ready. Its log goes to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server", "--model", model, "--served-model-name", "bench", "--port", str(port)]
-    command += ["--preset", preset, "--threads", str(threads), "--log-level", "warning"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SPQ_")}
-    process = subprocess.Popen(command, env=environment)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=2).status_code == 200:
-                return process, url
-        time.sleep(0.1)
-    process.kill()
-    raise RuntimeError("the server did not become ready")
 
 
 def first_token(client: httpx.Client, prompt: list[int]) -> tuple[float, int]:
@@ -85,7 +62,8 @@ def main() -> None:
     def draw(count: int) -> list[int]:
         return [rng.randrange(8, vocab) for _ in range(count)]
 
-    process, url = start_server(str(model), arguments.preset, arguments.threads)
+    log = arguments.cache_dir / "prefix.log"
+    process, url = start_server(str(model), arguments.preset, arguments.threads, arguments.cache_dir, log)
     try:
         with httpx.Client(base_url=url, timeout=None) as client:
             for _ in range(arguments.rounds + 1):

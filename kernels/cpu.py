@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_engines import machine_choice
 from kernels.cpu_linear import FloatMatrix, Joint, Matrix, WidenedMatrix, join, lay_out
-from kernels.layers import Layer, run_one_by_one
+from kernels.layers import Layer, attention_input_in_parts, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
@@ -79,9 +79,7 @@ class CpuOps:
 
     def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Joint:
         """Pack two projections of one input. Raises ValueError when their shapes differ."""
-        check_same_input(gate, up)
-        if gate.shape != up.shape:
-            raise ValueError(f"gate_proj has {gate.shape[0]} outputs, up_proj {up.shape[0]}: they must be equal")
+        check_gate_up(gate, up)
         return join([gate, up], self._lay_out)
 
     def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
@@ -125,8 +123,7 @@ class CpuOps:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., n] float32 -> the same shape."""
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
-        return (x * scale).mul_(weight)
+        return rms_norm(x, weight, eps)
 
     def run_layers(
         self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
@@ -139,14 +136,7 @@ class CpuOps:
         self, h: Tensor, norm: Norm, weight: Joint, heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
         """See Ops."""
-        width = kv.key.shape[-1]
-        x = self.rms_norm(h, norm.weight, norm.eps)
-        q, k, v = (part.view(len(h), -1, width) for part in self.qkv(x, weight))
-        if heads.q_norm is not None:
-            q = self.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
-        if heads.k_norm is not None:
-            k = self.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
-        return self.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
+        return attention_input_in_parts(self, h, norm, weight, heads, kv, slots)
 
     def add_linear(self, h: Tensor, x: Tensor, weight: Joint) -> Tensor:
         """See Ops; overwrites `h`."""
@@ -171,6 +161,19 @@ class CpuOps:
 
     def _lay_out(self, leaves: list[Leaf]) -> Matrix:
         return lay_out(leaves, self._engines)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., n] / rms(x) * weight [n] in float32, into new memory."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    return (x * scale).mul_(weight)
+
+
+def check_gate_up(gate: LinearWeight, up: LinearWeight) -> None:
+    """Raises ValueError unless both have the same inputs and the same number of outputs."""
+    check_same_input(gate, up)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate_proj has {gate.shape[0]} outputs, up_proj {up.shape[0]}: they must be equal")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

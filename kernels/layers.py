@@ -1,4 +1,4 @@
-"""A decoder layer as prepared weights, and a stack of them run operation by operation.
+"""A decoder layer as prepared weights, and its operations done the plain way, one by one.
 
 Not where weights come from (`server.model.load`). Back ends that know a faster way than one operation after the other
 have their own `run_layers`; this is the way of the others, and what `run_layers` means.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,6 +28,37 @@ class Layer:
     gate_up: Any
     down: Any
     window: int | None  # tokens a query sees, itself included; None for all
+
+
+class PartOps(Protocol):
+    """A back end that has the parts of `Ops.attention_input` as operations of their own."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops."""
+        ...
+
+    def qkv(self, x: Tensor, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> q [T, HQ*D], k [T, HKV*D], v [T, HKV*D]."""
+        ...
+
+    def rotary_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: LayerKv, slots: Tensor
+    ) -> Tensor:
+        """Rotate q [T, HQ, D] and k [T, HKV, D], write k and v to `slots` of the cache, return the rotated q."""
+        ...
+
+
+def attention_input_in_parts(
+    ops: PartOps, h: Tensor, norm: Norm, weight: Any, heads: HeadTransform, kv: LayerKv, slots: Tensor
+) -> Tensor:
+    """See Ops.attention_input."""
+    x = ops.rms_norm(h, norm.weight, norm.eps)
+    q, k, v = (part.view(len(h), -1, kv.key.shape[-1]) for part in ops.qkv(x, weight))
+    if heads.q_norm is not None:
+        q = ops.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
+    if heads.k_norm is not None:
+        k = ops.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
+    return ops.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
 
 
 def run_one_by_one(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layers import Layer, run_one_by_one
+from kernels.layers import Layer, attention_input_in_parts, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
@@ -113,14 +113,7 @@ class ReferenceOps:
         self, h: Tensor, norm: Norm, weight: tuple[LinearWeight, ...], heads: HeadTransform, kv: LayerKv, slots: Tensor
     ) -> Tensor:
         """See Ops."""
-        width = kv.key.shape[-1]
-        x = self.rms_norm(h, norm.weight, norm.eps)
-        q, k, v = (part.view(len(h), -1, width) for part in self.qkv(x, weight))
-        if heads.q_norm is not None:
-            q = self.rms_norm(q, heads.q_norm.weight, heads.q_norm.eps)
-        if heads.k_norm is not None:
-            k = self.rms_norm(k, heads.k_norm.weight, heads.k_norm.eps)
-        return self.rotary_store(q, k, v, heads.cos, heads.sin, kv, slots)
+        return attention_input_in_parts(self, h, norm, weight, heads, kv, slots)
 
     def add_linear(self, h: Tensor, x: Tensor, weight: LinearWeight) -> Tensor:
         """See Ops."""

@@ -44,6 +44,7 @@ from kernels.gpu.norm import rms_norm
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
+from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -122,14 +123,14 @@ class TritonOps:
 
     def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Projections:
         """Lay out the three projections: fused where all are int8, pairs or not."""
-        _check_same_input(q, k, v)
+        check_same_input(q, k, v)
         if all(is_int8(weight) for weight in (q, k, v)):
             return head_projections((q, k, v), self.device, self._magic)
         return self.prepare_linear(q), self.prepare_linear(k), self.prepare_linear(v)
 
     def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> GateUp:
         """Lay out the two MLP projections: fused where both are plain int8."""
-        _check_same_input(gate, up)
+        check_same_input(gate, up)
         if gate.shape != up.shape:
             raise ValueError(f"gate {gate.shape} and up {up.shape} differ in width")
         if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight):
@@ -251,9 +252,3 @@ class TritonOps:
         if isinstance(weight, Int8Weight):
             return int8_matrix([weight], self.device, self._magic)
         return dense_matrix(weight, self.device, self.dtype)
-
-
-def _check_same_input(*weights: LinearWeight) -> None:
-    widths = {weight.shape[1] for weight in weights}
-    if len(widths) != 1:
-        raise ValueError(f"projections of one input differ in input width: {sorted(widths)}")

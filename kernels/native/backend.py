@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu import check_gate_up, rms_norm
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_linear import FloatMatrix, Joint, join
 from kernels.layers import Layer, run_one_by_one
@@ -25,17 +25,7 @@ from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
 
-
-@dataclass(slots=True)
-class Table:
-    """Embedding rows; an int8 table is packed once for `embed` and `logits`."""
-
-    matrix: PackedMatrix | FloatMatrix
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident."""
-        return self.matrix.nbytes
+Rows = PackedMatrix | FloatMatrix  # an embedding; an int8 one is packed once for `embed` and `logits`
 
 
 class NativeOps:
@@ -84,29 +74,27 @@ class NativeOps:
 
     def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Joint | PackedMatrix:
         """Pack two projections of one input. Raises ValueError when their shapes differ."""
-        check_same_input(gate, up)
-        if gate.shape != up.shape:
-            raise ValueError(f"gate_proj has {gate.shape[0]} outputs, up_proj {up.shape[0]}: they must be equal")
+        check_gate_up(gate, up)
         if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight) and gate.bias is None and up.bias is None:
             return PackedMatrix([gate, up], self._pool, alternate=True)
         return join([gate, up], self._lay_out)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
+    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Rows:
         """Pack an int8 table once, whether the head is tied to it or not; a float one is kept as it is stored."""
         if isinstance(weight, Int8Weight):
-            return Table(PackedMatrix([weight], self._pool))
+            return PackedMatrix([weight], self._pool)
         self._floats |= tied_head
-        return Table(FloatMatrix(weight.weight.float() if tied_head else weight.weight))
+        return FloatMatrix(weight.weight.float() if tied_head else weight.weight)
 
-    def nbytes(self, prepared: Joint | PackedMatrix | Table) -> int:
+    def nbytes(self, prepared: Joint | Rows) -> int:
         """Bytes resident, padding included."""
         return prepared.nbytes
 
-    def embed(self, token_ids: Tensor, table: Table) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Rows) -> Tensor:
         """token_ids int64 [T] -> float32 [T, hidden]."""
-        if isinstance(table.matrix, PackedMatrix):
-            return table.matrix.rows(token_ids)
-        return table.matrix.weight.index_select(0, token_ids).float()
+        if isinstance(table, PackedMatrix):
+            return table.rows(token_ids)
+        return table.weight.index_select(0, token_ids).float()
 
     def run_layers(
         self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
@@ -173,14 +161,13 @@ class NativeOps:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., n] float32 -> the same shape."""
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
-        return (x * scale).mul_(weight)
+        return rms_norm(x, weight, eps)
 
-    def logits(self, x: Tensor, weight: Joint | Table) -> Tensor:
+    def logits(self, x: Tensor, weight: Joint | Rows) -> Tensor:
         """x [T, hidden] -> float32 [T, vocab]."""
-        if isinstance(weight, Table):
-            return weight.matrix.multiply(x)
-        return weight.finish([matrix.multiply(x) for matrix in weight.firsts])[0]
+        if not isinstance(weight, Joint):
+            return weight.multiply(x)
+        return weight.apply(x)[0]
 
     def _apply(self, weight: Joint, h: Tensor, norm: Norm) -> list[Tensor]:
         """The projections of norm(h)."""
