@@ -19,7 +19,7 @@ from kernels.cpu_linear import FloatMatrix, Joint, Matrix, WidenedMatrix, join, 
 from kernels.layers import Layer, attention_input_in_parts, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
+from kernels.weights import Int4Weight, Int8Weight, Leaf, LinearWeight
 
 
 @dataclass(slots=True)
@@ -82,9 +82,11 @@ class CpuOps:
         check_gate_up(gate, up)
         return join([gate, up], self._lay_out)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Table:
         """Keep the rows; with `tied_head` also pack them as a matrix (a second copy unless the rows serve as they
         are: float32, or int8 that is widened at each use)."""
+        if isinstance(weight, Int4Weight):
+            raise NotImplementedError
         head = self._lay_out([weight]) if tied_head else None
         if isinstance(weight, Int8Weight):
             return Table(weight.qweight, weight.scale.float(), head)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu_engines import Engine, two_digit_product
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 
 WIDEN_ELEMENTS = 1 << 19  # float32 elements widened at a time: 2 MiB stay in the cache and in reused memory
 # Weights up to which widening is fastest. Zen 3, 1 thread, us at 1 / 16 / 64 rows against fbgemm: 192 x 192 23 / 45 /
@@ -137,7 +137,9 @@ def join(weights: Sequence[LinearWeight], lay_out: Callable[[list[Leaf]], Matrix
 
     Raises ValueError where the shapes of a weight disagree.
     """
-    leaves = [w.down if isinstance(w, LowRankWeight) else w for w in weights]
+    if any(isinstance(w, CorrectedWeight | Int4Weight) for w in weights):
+        raise NotImplementedError
+    leaves = [w.down if isinstance(w, LowRankWeight) else w for w in weights if not isinstance(w, CorrectedWeight)]
     for weight in weights:
         _check(weight)
     joint = Joint([], [])

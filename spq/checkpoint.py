@@ -1,4 +1,4 @@
-"""Opening a model folder, packed (format v1) or plain Hugging Face safetensors, and reading its weights one by one.
+"""Opening a model folder, packed or plain Hugging Face safetensors, and reading its weights one by one.
 
 Not the writer (`writer`) and not the safetensors container (`tensorfile`). Everything is checked against the
 headers before the first weight is read, so that a damaged folder is refused by name at once.
@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 from spq.architecture import ModelSpec, read_spec
 from spq.errors import ModelFileError, PackedFormatError, UnsupportedModelError
 from spq.layout import EMBEDDING, expected_source, model_linears, model_vectors, module_has_bias
-from spq.manifest import QUANT_METHOD, Manifest
+from spq.manifest import QUANT_METHOD, Manifest, ModulePlan
 from spq.tensorfile import TensorInfo, locate_tensors, read_tensor
 
 __all__ = ["Checkpoint", "Manifest", "WeightSource", "open_model"]
@@ -35,7 +35,7 @@ class WeightSource(Protocol):
         """A matrix by module name, e.g. `model.layers.0.mlp.up_proj` or `lm_head` (absent when tied)."""
         ...
 
-    def embedding(self) -> DenseWeight | Int8Weight:
+    def embedding(self) -> Leaf:
         """The table [vocab, hidden]."""
         ...
 
@@ -68,13 +68,17 @@ class Checkpoint:
 
     def linear(self, name: str) -> LinearWeight:
         """See WeightSource. Raises ModelFileError if the model has no such matrix."""
-        if f"{name}.down.weight" in self._tensors or f"{name}.down.qweight" in self._tensors:
-            return LowRankWeight(self._leaf(f"{name}.down"), self._leaf(f"{name}.up"))
-        return self._leaf(name)
+        plan = None if self.manifest is None else self.manifest.modules.get(name)
+        if plan is not None and plan.kind == "low_rank":
+            return self._pair(name, plan)
+        main = self._leaf(name, plan)
+        if plan is None or plan.correction is None:
+            return main
+        return CorrectedWeight(main, self._pair(f"{name}.correction", plan))
 
-    def embedding(self) -> DenseWeight | Int8Weight:
+    def embedding(self) -> Leaf:
         """See WeightSource."""
-        return self._leaf(EMBEDDING)
+        return self._leaf(EMBEDDING, None if self.manifest is None else self.manifest.modules.get(EMBEDDING))
 
     def vector(self, name: str) -> Tensor:
         """See WeightSource. Raises ModelFileError if there is no such tensor."""
@@ -86,11 +90,23 @@ class Checkpoint:
         """See WeightSource."""
         self._tensors.clear()
 
-    def _leaf(self, name: str) -> Leaf:
+    def _pair(self, name: str, plan: ModulePlan) -> LowRankWeight:
+        return LowRankWeight(self._leaf(f"{name}.down", plan), self._leaf(f"{name}.up", plan))
+
+    def _leaf(self, name: str, plan: ModulePlan | None) -> Leaf:
+        """The tensors under `name`; `plan` is that of the module they belong to."""
         bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
-        if f"{name}.qweight" in self._tensors:
-            return Int8Weight(self.vector(f"{name}.qweight"), self.vector(f"{name}.scale"), bias)
-        return DenseWeight(self.vector(f"{name}.weight"), bias)
+        if f"{name}.qweight" not in self._tensors:
+            return DenseWeight(self.vector(f"{name}.weight"), bias)
+        qweight, scale = self.vector(f"{name}.qweight"), self.vector(f"{name}.scale")
+        if scale.dim() == 1:
+            return Int8Weight(qweight, scale, bias)
+        assert plan is not None and plan.group is not None
+        columns = plan.shape[1]
+        if name.endswith(".up"):  # its inputs are the ranks of the pair
+            columns = self._tensors[f"{name.removesuffix('.up')}.down.qweight"].shape[0]
+        zero = None if plan.symmetric else self.vector(f"{name}.zero")
+        return Int4Weight(qweight, scale, zero, plan.group, columns, bias)
 
 
 def open_model(folder: Path) -> Checkpoint:
@@ -158,8 +174,8 @@ def _check_manifest(folder: Path, spec: ModelSpec, manifest: Manifest) -> None:
         plan = manifest.modules[name]
         if plan.shape != shape:
             raise PackedFormatError(f"{path}: module {name} is {list(plan.shape)}, should be {list(shape)}")
-        if plan.kind == "low_rank" and name == EMBEDDING:
-            raise PackedFormatError(f"{path}: the embedding cannot be low_rank; compress again")
+        if name == EMBEDDING and (plan.kind == "low_rank" or plan.correction is not None):
+            raise PackedFormatError(f"{path}: the embedding can have no low-rank part; compress again")
 
 
 def _check_packed(folder: Path, spec: ModelSpec, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
@@ -175,8 +191,8 @@ def _check_packed(folder: Path, spec: ModelSpec, manifest: Manifest, tensors: Ma
             raise PackedFormatError(f"{folder}: tensor {name} {list(shape)} is missing; compress again")
         if info.shape != shape:
             raise PackedFormatError(f"{info.path}: {name} is {list(info.shape)}, should be {list(shape)}")
-        allowed = {"float": FLOATS, "int8": ("I8",), "F32": ("F32",)}[dtype]
+        allowed = {"float": FLOATS, "int8": ("I8",), "uint8": ("U8",)}.get(dtype, (dtype,))
         if info.dtype not in allowed:
             raise PackedFormatError(f"{info.path}: {name} is {info.dtype}, should be {' or '.join(allowed)}")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise PackedFormatError(f"{tensors[name].path}: tensor {name} is not part of packed format 1; compress again")
+        raise PackedFormatError(f"{tensors[name].path}: tensor {name} is not in its manifest; compress again")

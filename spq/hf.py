@@ -17,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spq.errors import UnsupportedModelError
 from spq.layout import EMBEDDING
-from spq.manifest import QUANT_METHOD, Manifest
-from spq.modules import Int8Embedding, TiedInt8Head, packed_linear
+from spq.manifest import QUANT_METHOD, Manifest, ModulePlan
+from spq.modules import Int4Embedding, Int8Embedding, TiedHead, packed_embedding, packed_linear
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -51,20 +51,17 @@ class SpqHfQuantizer(HfQuantizer):
                 raise UnsupportedModelError(
                     f"{type(model).__name__} has no module {name}; load a packed folder with AutoModelForCausalLM"
                 ) from error
-            if plan.kind == "dense" and tuple(old.weight.shape) == plan.shape:
+            bias = getattr(old, "bias", None) is not None if plan.bias is None else plan.bias
+            if plan == ModulePlan(kind="dense", shape=tuple(old.weight.shape)):
                 continue
             with torch.device("meta"):
-                new: nn.Module = (
-                    Int8Embedding(*plan.shape)
-                    if name == EMBEDDING
-                    else packed_linear(plan, bias=getattr(old, "bias", None) is not None)
-                )
+                new: nn.Module = packed_embedding(plan) if name == EMBEDDING else packed_linear(plan, bias)
             model.set_submodule(name, new)
         for layer, width in zip(model.model.layers, self.quantization_config.manifest.mlp_widths, strict=True):
             layer.mlp.intermediate_size = width
         embedding = model.get_submodule(EMBEDDING)
-        if "lm_head" not in modules and isinstance(embedding, Int8Embedding):
-            model.lm_head = TiedInt8Head(embedding)
+        if "lm_head" not in modules and isinstance(embedding, Int8Embedding | Int4Embedding):
+            model.lm_head = TiedHead(embedding)
             model._tied_weights_keys = None  # nothing left to tie: the head reads the table itself
             model.all_tied_weights_keys = {}
 

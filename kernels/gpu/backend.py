@@ -45,7 +45,7 @@ from kernels.gpu.prefill_attention import prefill_attention
 from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -113,6 +113,8 @@ class TritonOps:
 
     def prepare_linear(self, weight: LinearWeight) -> Linear:
         """Lay out one matrix. Raises ValueError when shapes disagree."""
+        if isinstance(weight, CorrectedWeight):
+            raise NotImplementedError
         if not isinstance(weight, LowRankWeight):
             return self._matrix(weight)
         if is_int8(weight):
@@ -137,7 +139,7 @@ class TritonOps:
             return FusedGateUp(int8_matrix([gate, up], self.device, self._magic, [True, True]), gate.shape[0])
         return self.prepare_linear(gate), self.prepare_linear(up)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseMatrix | Int8Matrix:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> DenseMatrix | Int8Matrix:
         """Lay out a table [vocab, hidden]; one layout serves `embed` and `logits`."""
         return self._matrix(weight)
 
@@ -248,7 +250,9 @@ class TritonOps:
                 outputs.append(x[:, start : start + rows])
         return outputs
 
-    def _matrix(self, weight: DenseWeight | Int8Weight) -> DenseMatrix | Int8Matrix:
+    def _matrix(self, weight: Leaf) -> DenseMatrix | Int8Matrix:
+        if isinstance(weight, Int4Weight):
+            raise NotImplementedError
         if isinstance(weight, Int8Weight):
             return int8_matrix([weight], self.device, self._magic)
         return dense_matrix(weight, self.device, self.dtype)

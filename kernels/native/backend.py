@@ -23,7 +23,7 @@ from kernels.native.matrix import PackedMatrix
 from kernels.native.program import Program, fits
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight
 
 Rows = PackedMatrix | FloatMatrix  # an embedding; an int8 one is packed once for `embed` and `logits`
 
@@ -79,10 +79,12 @@ class NativeOps:
             return PackedMatrix([gate, up], self._pool, alternate=True)
         return join([gate, up], self._lay_out)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Rows:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Rows:
         """Pack an int8 table once, whether the head is tied to it or not; a float one is kept as it is stored."""
         if isinstance(weight, Int8Weight):
             return PackedMatrix([weight], self._pool)
+        if isinstance(weight, Int4Weight):
+            raise NotImplementedError
         self._floats |= tied_head
         return FloatMatrix(weight.weight.float() if tied_head else weight.weight)
 
