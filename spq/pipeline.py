@@ -91,9 +91,10 @@ class Pipeline:
             if runner is not None and hidden is not None:
                 with self.clock.stage("activations", layer, ACTIVATION_WEIGHT):
                     state = self._layer_state(layer, attention)
-                    self._scores.append(runner.run(layer, runner.build(layer, state), hidden))
-                    if not bool(torch.isfinite(self._scores[-1]).all()):
+                    score = runner.run(layer, runner.build(layer, state), hidden, observe=["score"]).score
+                    if score is None or not bool(torch.isfinite(score).all()):
                         raise ModelFileError(f"activations of layer {layer} are not finite; the model is damaged")
+                    self._scores.append(score)
 
     def _factorise(self, layer: int) -> dict[str, Tensor]:
         """Decide on and spool the factors of q, k, v, o; returns the approximated weights (kept ones are absent)."""
