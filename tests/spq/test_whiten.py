@@ -9,30 +9,14 @@ from spq.config import SigmaPlacement
 from spq.errors import CalibrationError, OptionError
 from spq.svd import decompose, residual_factors
 from spq.whiten import checked, damped, square_root
+from tests.spq.correlated import inputs, matrix, moment, output_errors
 
 SHAPES = [(24, 24), (12, 40), (40, 12)]
 SIGMAS: tuple[SigmaPlacement, ...] = ("down", "up", "split")
 
 
-def inputs(tokens: int, features: int, seed: int = 0) -> torch.Tensor:
-    """Correlated rows, float64, with channels of very different size."""
-    gen = torch.Generator().manual_seed(seed)
-    mix = torch.randn((features, features), generator=gen, dtype=torch.float64)
-    size = torch.logspace(-1, 1, features, dtype=torch.float64)
-    return torch.randn((tokens, features), generator=gen, dtype=torch.float64) @ mix * size
-
-
-def moment(x: torch.Tensor) -> torch.Tensor:
-    return x.T @ x / len(x)
-
-
 def output_error(difference: torch.Tensor, second: torch.Tensor) -> float:
-    wide = difference.double()
-    return float(((wide @ second) * wide).sum())
-
-
-def matrix(shape: tuple[int, int], seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return float(output_errors(difference, second).sum())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
