@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Leaf, LinearWeight, LowRankWeight
 from spq.config import SPQConfig
 from spq.correct import correction
 from spq.decoder import InputName
-from spq.feedback import quantize_with_feedback
+from spq.feedback import feedback_int4, feedback_int8
 from spq.manifest import Stored
 from spq.quantize import GranularityRule, quantize
-from spq.quantize4 import quantize_int4
+from spq.quantize4 import quantize4
 from spq.recipe import Recipe
 from spq.scaling import prune_integers
 from spq.svd import decompose, residual_factors
@@ -87,35 +87,23 @@ class Applier:
         channel_max: Tensor | None,
     ) -> Leaf:  # fmt: skip
         options = self.options
+        leaf: Leaf
         if stored == "dense" or not options.feedback or second is None:
-            leaf = self._rounded(name, weight, bias, stored)
+            leaf = self._rounded(name, weight, bias, stored, None if second is None else second.diagonal())
+        elif stored == "int8":
+            leaf = feedback_int8(weight, second, bias=bias)
         else:
-            leaf = quantize_with_feedback(
-                weight, second, bits=8 if stored == "int8" else 4, group=options.group, symmetric=options.symmetric,
-                bias=bias,
-            )  # fmt: skip
+            leaf = feedback_int4(weight, second, options.group, options.symmetric, search=True, bias=bias)
         if options.integer_pruning > 0 and channel_max is not None and not isinstance(leaf, DenseWeight):
             leaf = prune_integers(leaf, channel_max, options.integer_pruning)
-        return to_cpu(leaf)
+        return leaf
 
-    def _rounded(self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored) -> Leaf:
+    def _rounded(
+        self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored, importance: Tensor | None = None
+    ) -> Leaf:
         if stored == "dense":
             return DenseWeight(weight.to("cpu", self.float_dtype), bias)
         if stored == "int8":
             return quantize(weight, self.rule.per_channel(name, (weight.shape[0], weight.shape[1])), bias)
-        return quantize_int4(weight, self.options.group, self.options.symmetric, bias=bias)
-
-
-def to_cpu(leaf: Leaf) -> Leaf:
-    """The same with its tensors on the CPU."""
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.cpu()
-
-    if isinstance(leaf, Int8Weight):
-        return Int8Weight(leaf.qweight.cpu(), leaf.scale.cpu(), moved(leaf.bias))
-    if isinstance(leaf, Int4Weight):
-        return Int4Weight(
-            leaf.qweight.cpu(), leaf.scale.cpu(), moved(leaf.zero), leaf.group, leaf.in_features, moved(leaf.bias)
-        )
-    return DenseWeight(leaf.weight.cpu(), moved(leaf.bias))
+        options = self.options
+        return quantize4(weight, options.group, options.symmetric, search=True, importance=importance, bias=bias)

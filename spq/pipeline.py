@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Leaf, LinearWeight, LowRankWeight
-from spq.apply import INPUT_OF, Applier, Factors, to_cpu
+from spq.apply import INPUT_OF, Applier, Factors
 from spq.architecture import MLP
 from spq.config import SPQConfig
 from spq.decoder import INPUTS, InputName, LayerRunner
@@ -24,7 +24,7 @@ from spq.moments import Moments
 from spq.progress import StageClock
 from spq.prune import bias_compensation, kept_neurons, refit_kept
 from spq.quantize import quantize_streamed
-from spq.quantize4 import quantize_int4
+from spq.quantize4 import quantize4_streamed
 from spq.recipe import Decision, Storage
 from spq.report import MatrixReport
 from spq.scaling import channel_scales
@@ -178,8 +178,8 @@ class Pipeline:
         if recipe.stored == "dense":
             leaf = DenseWeight(self.source.read(info.name))
         elif recipe.stored == "int4":
-            table = self.source.read(info.name).to(self.source.device)
-            leaf = to_cpu(quantize_int4(table, self.options.group, self.options.symmetric))
+            how = (self.options.group, self.options.symmetric)
+            leaf = quantize4_streamed(lambda a, b: self.source.read(info.name, (a, b)), shape, *how, search=True)
         else:
             rows = module == EMBEDDING or self.applier.rule.per_channel(module, shape)
             leaf = quantize_streamed(lambda a, b: self.source.read(info.name, (a, b)), shape, rows)
