@@ -62,7 +62,7 @@ class ReferenceOps:
     def embed(self, token_ids: Tensor, table: Leaf) -> Tensor:
         """token_ids [T] -> [T, hidden]."""
         if isinstance(table, Int4Weight):
-            return _rows(table, token_ids).dequantize().to(self.dtype)
+            return table.rows(token_ids).dequantize().to(self.dtype)
         if isinstance(table, Int8Weight):
             return table.qweight[token_ids].to(self.dtype) * table.scale[token_ids, None].to(self.dtype)
         return table.weight[token_ids].to(self.dtype)
@@ -205,11 +205,6 @@ def causal_mask(num_queries: int, context: int, window: int | None, device: torc
     columns = torch.arange(context, device=device)[None, :]
     visible = columns <= rows
     return visible if window is None else visible & (columns > rows - window)
-
-
-def _rows(table: Int4Weight, ids: Tensor) -> Int4Weight:
-    zero = None if table.zero is None else table.zero[ids]
-    return Int4Weight(table.qweight[ids], table.scale[ids], zero, table.group, table.in_features)
 
 
 def _to(weight: Any, device: torch.device) -> Any:

@@ -94,6 +94,11 @@ class Int4Weight:
         """The matrix as float32 [out, in]."""
         return self.integers().float() * self._spread(self.scale.float())
 
+    def rows(self, index: Tensor | slice) -> Int4Weight:
+        """Those rows, without bias."""
+        zero = None if self.zero is None else self.zero[index]
+        return Int4Weight(self.qweight[index], self.scale[index], zero, self.group, self.in_features)
+
     def _spread(self, per_group: Tensor) -> Tensor:
         """[out, groups] -> [out, in]."""
         return per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]

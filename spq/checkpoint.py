@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 from spq.architecture import ModelSpec, read_spec
+from spq.entropy import CodedTensor, decode, row_blocks
 from spq.errors import ModelFileError, PackedFormatError, UnsupportedModelError
 from spq.layout import EMBEDDING, expected_source, model_linears, model_vectors, module_has_bias
-from spq.manifest import QUANT_METHOD, Manifest, ModulePlan
+from spq.manifest import ANY, QUANT_METHOD, Manifest, ModulePlan, TensorShapes
 from spq.tensorfile import TensorInfo, locate_tensors, read_tensor
 
 __all__ = ["Checkpoint", "Manifest", "WeightSource", "open_model"]
@@ -49,12 +51,18 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """WeightSource over a checked folder. Files are opened per tensor, so `close` only drops the index."""
+    """WeightSource over a checked folder. Files are opened per tensor, so `close` only drops the index.
+
+    Coded tensors are decoded as they are read, on as many threads as torch has.
+    """
 
     def __init__(self, spec: ModelSpec, manifest: Manifest | None, tensors: Mapping[str, TensorInfo]) -> None:
         self.spec = spec
         self.manifest = manifest
         self._tensors = dict(tensors)
+        self._coded: TensorShapes = {}
+        for module, plan in ({} if manifest is None else manifest.modules).items():
+            self._coded |= plan.coded(module)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -81,7 +89,12 @@ class Checkpoint:
         return self._leaf(EMBEDDING, None if self.manifest is None else self.manifest.modules.get(EMBEDDING))
 
     def vector(self, name: str) -> Tensor:
-        """See WeightSource. Raises ModelFileError if there is no such tensor."""
+        """See WeightSource; also any other tensor by name, decoded where it is coded.
+
+        Raises ModelFileError if there is no such tensor, PackedFormatError for a damaged block.
+        """
+        if name in self._coded:
+            return self._decode(name)
         if name not in self._tensors:
             raise ModelFileError(f"tensor {name} is not in the model (a closed or different one?)")
         return read_tensor(self._tensors[name])
@@ -90,13 +103,20 @@ class Checkpoint:
         """See WeightSource."""
         self._tensors.clear()
 
+    def _decode(self, name: str) -> Tensor:
+        shape, stored = self._coded[name]
+        coded = CodedTensor(self.vector(f"{name}.zstd"), self.vector(f"{name}.blocks"), row_blocks(shape))
+        dtype = torch.int8 if stored == "int8" else torch.uint8
+        where = f"{self._tensors[f'{name}.zstd'].path}: {name}"
+        return decode(coded, shape, dtype, where, torch.get_num_threads())
+
     def _pair(self, name: str, plan: ModulePlan) -> LowRankWeight:
         return LowRankWeight(self._leaf(f"{name}.down", plan), self._leaf(f"{name}.up", plan))
 
     def _leaf(self, name: str, plan: ModulePlan | None) -> Leaf:
         """The tensors under `name`; `plan` is that of the module they belong to."""
         bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
-        if f"{name}.qweight" not in self._tensors:
+        if f"{name}.weight" in self._tensors:
             return DenseWeight(self.vector(f"{name}.weight"), bias)
         qweight, scale = self.vector(f"{name}.qweight"), self.vector(f"{name}.scale")
         if scale.dim() == 1:
@@ -104,7 +124,7 @@ class Checkpoint:
         assert plan is not None and plan.group is not None
         columns = plan.shape[1]
         if name.endswith(".up"):  # its inputs are the ranks of the pair
-            columns = self._tensors[f"{name.removesuffix('.up')}.down.qweight"].shape[0]
+            columns = plan.rank or (0 if plan.correction is None else plan.correction.rank)
         zero = None if plan.symmetric else self.vector(f"{name}.zero")
         return Int4Weight(qweight, scale, zero, plan.group, columns, bias)
 
@@ -189,7 +209,7 @@ def _check_packed(folder: Path, spec: ModelSpec, manifest: Manifest, tensors: Ma
         info = tensors.get(name)
         if info is None:
             raise PackedFormatError(f"{folder}: tensor {name} {list(shape)} is missing; compress again")
-        if info.shape != shape:
+        if info.shape != shape and not (shape == (ANY,) and len(info.shape) == 1):
             raise PackedFormatError(f"{info.path}: {name} is {list(info.shape)}, should be {list(shape)}")
         allowed = {"float": FLOATS, "int8": ("I8",), "uint8": ("U8",)}.get(dtype, (dtype,))
         if info.dtype not in allowed:

@@ -1,6 +1,6 @@
 """Manifest: what a packed folder says about itself, in `quantization_config` of its config.json.
 
-Format 2 adds int4, corrections and biases of the compressor's own to format 1, which is read as it was.
+Format 2 adds int4, corrections, biases of the compressor's own and coded integers to format 1, which is read as it was.
 
 Not the tensors (`checkpoint` checks them against this) and not the measurements of a run (`report`).
 """
@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spq.config import SPQConfig
+from spq.entropy import num_blocks, row_blocks
 from spq.errors import PackedFormatError
 
 QUANT_METHOD = "spq"
@@ -22,8 +23,10 @@ REPORT_NAME = "spq_report.json"
 
 Stored = Literal["dense", "int8", "int4"]
 Kind = Literal["dense", "int8", "int4", "low_rank"]
-DtypeClass = Literal["float", "int8", "uint8", "F16", "F32"]
+Codec = Literal["raw", "zstd"]
+DtypeClass = Literal["float", "int8", "uint8", "F16", "F32", "I64"]
 TensorShapes = dict[str, tuple[tuple[int, ...], DtypeClass]]  # tensor name -> (shape, what it may be stored as)
+ANY = -1  # in a shape: as long as the coder made it
 
 
 class CorrectionPlan(BaseModel):
@@ -48,6 +51,7 @@ class ModulePlan(BaseModel):
     symmetric: bool = True  # of int4: no zero points are stored
     bias: bool | None = None  # None: as the architecture has it
     correction: CorrectionPlan | None = None
+    codec: Codec = "raw"  # of its integers; what is coded: see `spq.entropy`
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -62,10 +66,32 @@ class ModulePlan(BaseModel):
             raise ValueError(f"{packed} with group {self.group}; where something is int4, and only there, is a group")
         if self.correction is not None and is_pair:
             raise ValueError("a low_rank module has no correction: a larger rank is the same")
+        if self.codec == "zstd" and not {"int8", "int4"} & set(packed):
+            raise ValueError(f"codec zstd with {packed}: only integers are coded")
         return self
 
     def tensors(self, module: str, bias: bool) -> TensorShapes:
-        """What the folder must hold for this matrix; `bias` is what the architecture has."""
+        """What the folder must hold for this matrix; `bias` is what the architecture has.
+
+        X of a coded matrix's integers is stored as X.zstd and X.blocks, the offsets of its blocks.
+        """
+        found = self._raw(module, bias)
+        for name, (shape, _) in self.coded(module).items():
+            del found[name]
+            rows, columns = shape
+            found[f"{name}.zstd"] = ((ANY,), "uint8")
+            found[f"{name}.blocks"] = ((num_blocks(rows * columns, row_blocks(shape)) + 1,), "I64")
+        return found
+
+    def integers(self, module: str) -> TensorShapes:
+        """The integer tensors as they are without a codec."""
+        return {name: entry for name, entry in self._raw(module, False).items() if entry[1] in ("int8", "uint8")}
+
+    def coded(self, module: str) -> TensorShapes:
+        """The tensors that are stored coded, as they come out of it."""
+        return {} if self.codec == "raw" else self.integers(module)
+
+    def _raw(self, module: str, bias: bool) -> TensorShapes:
         rows, columns = self.shape
         if self.kind == "low_rank":
             found = self._pair(module, self.rank or 0, self.factors or "dense")

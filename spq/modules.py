@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.weights import Int4Weight
-from spq.manifest import ModulePlan, Stored
+from spq.entropy import CodedTensor, decode, num_blocks, row_blocks
+from spq.manifest import DtypeClass, ModulePlan, Stored
 
 
 def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -133,6 +134,36 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., vocab] in x's dtype."""
         return functional.linear(x, self._embedding[0].weight_of(x.dtype))
+
+
+class CodedIntegers(nn.Module):
+    """Stands where a module's integers will be while a coded folder is loaded, to receive them as they are stored."""
+
+    def __init__(self, name: str, entry: tuple[tuple[int, ...], DtypeClass], coded_bytes: int) -> None:
+        """`name` is that of the tensor in the folder, `entry` its shape and type when decoded."""
+        super().__init__()
+        self._name = name
+        self._shape = entry[0]
+        self._dtype = torch.int8 if entry[1] == "int8" else torch.uint8
+        rows, columns = self._shape
+        self.zstd = _frozen(coded_bytes, dtype=torch.uint8)
+        self.blocks = _frozen(num_blocks(rows * columns, row_blocks(self._shape)) + 1, dtype=torch.int64)
+
+    def stand_in(self, root: nn.Module, prefix: str) -> None:
+        """Take the place of the parameter in `root`, which is the module named `prefix`."""
+        owner, _, attribute = self._name.removeprefix(f"{prefix}.").rpartition(".")
+        module = root.get_submodule(owner)
+        delattr(module, attribute)
+        module.add_module(attribute, self)
+
+    def give_way(self, model: nn.Module) -> None:
+        """Put the decoded parameter where this stands. Raises PackedFormatError for a damaged block."""
+        coded = CodedTensor(self.zstd.data.cpu(), self.blocks.data.cpu(), row_blocks(self._shape))
+        decoded = decode(coded, self._shape, self._dtype, self._name, torch.get_num_threads())
+        owner, _, attribute = self._name.rpartition(".")
+        module = model.get_submodule(owner)
+        delattr(module, attribute)
+        setattr(module, attribute, nn.Parameter(decoded.to(self.zstd.device), requires_grad=False))
 
 
 def packed_linear(plan: ModulePlan, bias: bool) -> nn.Module:

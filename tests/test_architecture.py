@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Which packages of others a module may import, where that is fewer than pyproject.toml names.
 THIRD_PARTY: dict[str, frozenset[str]] = {
     "kernels": frozenset({"torch", "triton"}),
-    "spq": frozenset({"torch", "safetensors", "pydantic", "transformers", "huggingface_hub", "tqdm"}),
+    "spq": frozenset({"torch", "safetensors", "pydantic", "transformers", "huggingface_hub", "tqdm", "zstandard"}),
     "server.core": frozenset(),
     "server.errors": frozenset(),
     "server.config": frozenset({"pydantic"}),
