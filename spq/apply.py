@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.weights import CorrectedWeight, DenseWeight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 from spq.config import SPQConfig
-from spq.correct import correction
+from spq.correct import error_spectrum, int8_factor, low_rank_correction
 from spq.decoder import InputName
 from spq.feedback import feedback_int4, feedback_int8
 from spq.manifest import Stored
@@ -64,13 +64,12 @@ class Applier:
         if not recipe.correction:
             return main
         assert second is not None
-        down, up = correction(weight, main.dequantize().to(weight.device), second, recipe.correction)
-        stored: Stored = "int8" if self.options.quantize else "dense"
-        pair = LowRankWeight(
-            self._rounded(f"{module}.correction.down", down, None, stored),
-            self._rounded(f"{module}.correction.up", up, None, stored),
-        )
-        return CorrectedWeight(main, pair)
+        lost = error_spectrum(weight, main.dequantize().to(weight.device), second)
+        store = int8_factor if self.options.quantize else self._float_factor
+        return CorrectedWeight(main, low_rank_correction(lost, recipe.correction, store=store))
+
+    def _float_factor(self, factor: Tensor) -> Leaf:
+        return DenseWeight(factor.to("cpu", self.float_dtype))
 
     def factors(self, weight: Tensor, rank: int, second: Tensor | None) -> Factors:
         """The pair of a rank by the metric of the options."""
@@ -79,7 +78,7 @@ class Applier:
             return decompose(weight).factors(rank, options.sigma)
         assert second is not None
         if options.svd_residual > 0:
-            return residual_factors(weight, second, rank, options.svd_residual)
+            return residual_factors(weight, second, rank, options.svd_residual, options.sigma)
         return decompose(weight, second).factors(rank, options.sigma)
 
     def _leaf(
@@ -94,9 +93,12 @@ class Applier:
             leaf = feedback_int8(weight, second, bias=bias)
         else:
             leaf = feedback_int4(weight, second, options.group, options.symmetric, search=True, bias=bias)
-        if options.integer_pruning > 0 and channel_max is not None and not isinstance(leaf, DenseWeight):
-            leaf = prune_integers(leaf, channel_max, options.integer_pruning)
-        return leaf
+        if options.integer_pruning == 0 or channel_max is None or isinstance(leaf, DenseWeight):
+            return leaf
+        limits, share = channel_max.cpu(), options.integer_pruning
+        if isinstance(leaf, Int8Weight):
+            return prune_integers(leaf, limits, share)
+        return prune_integers(leaf, limits, share)
 
     def _rounded(
         self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored, importance: Tensor | None = None

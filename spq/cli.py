@@ -18,25 +18,43 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from spq.calibrate import bundled_calibration, read_text, text_hash
-from spq.compress import Progress, compress, refuse_existing
+from spq.compress import Progress, compress
 from spq.config import PresetName, SPQConfig
 from spq.errors import OptionError, SpqError
 from spq.evaluate import evaluate_folder
 from spq.hub import find_model
+from spq.output import refuse_existing
 from spq.report import PerplexityReport, PredictionReport, Report
 
 MIB = 1 << 20
 GROUPS = {
     "budget (rank, width and bits of every matrix are chosen)": ("budget", "ratio", "target_perplexity"),
     "SVD (attention matrices)": (
-        "variance_threshold", "rank_rule", "sigma", "min_saving", "rank_multiple", "svd_metric", "svd_last_layers",
+        "variance_threshold",
+        "rank_rule",
+        "sigma",
+        "min_saving",
+        "rank_multiple",
+        "svd_metric",
+        "svd_last_layers",
         "svd_residual",
     ),
     "pruning (MLP neurons)": (
-        "min_prune_ratio", "max_prune_ratio", "width_multiple", "prune_score", "compensation",
+        "min_prune_ratio",
+        "max_prune_ratio",
+        "width_multiple",
+        "prune_score",
+        "compensation",
     ),
     "quantization": (
-        "quantize", "granularity", "quantize_embedding", "bits", "embedding_bits", "group", "symmetric", "feedback",
+        "quantize",
+        "granularity",
+        "quantize_embedding",
+        "bits",
+        "embedding_bits",
+        "group",
+        "symmetric",
+        "feedback",
         "correction_rank",
     ),
     "double compression": ("scaling_alpha", "integer_pruning", "entropy_coding"),

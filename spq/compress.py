@@ -7,7 +7,6 @@ leaves nothing that could be taken for a model.
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 from collections.abc import Callable
@@ -26,16 +25,16 @@ from spq.errors import OutputError, UnsupportedModelError
 from spq.layout import expected_source
 from spq.manifest import FORMAT_VERSION
 from spq.memory import PeakMemory
+from spq.output import MAX_SHARD_BYTES, put_in_place, refuse_existing, remove_orphans
 from spq.pipeline import WRITE_WEIGHT
 from spq.progress import Progress, StageClock
-from spq.report import Report
+from spq.recode import recode
+from spq.report import Report, read_report
 from spq.rules import Rules
 from spq.run import Run, Written
 from spq.source import Source
 
 __all__ = ["Progress", "compress"]
-
-MAX_SHARD_BYTES = 1 << 30
 
 
 def compress(
@@ -67,7 +66,7 @@ def compress(
     if options.uses_text:
         with clock.stage("tokenize", 0, 0.0):
             windows, spare = _windows(source, checkpoint, options, calibration_text)
-    _remove_orphans(out)
+    remove_orphans(out)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -78,28 +77,15 @@ def compress(
         written = run.make(temporary)
         report = _report(run, written, memory, calibration_text)
         report.save(temporary)
-        _move(temporary, out, overwrite)
+        made = temporary
+        if options.entropy_coding:
+            made = temporary / "coded"
+            recode(temporary, made, "zstd")
+            report = read_report(made)
+        put_in_place(made, out, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
-
-
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raises OutputError where `out` is there and may not be replaced, or is no model folder."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise OutputError(f"{out}: exists already; choose another output folder, or replace it with --overwrite")
-    if not (out / "config.json").is_file():
-        raise OutputError(f"{out}: is no model folder (no config.json), so it is not overwritten; remove it yourself")
-
-
-def _remove_orphans(out: Path) -> None:
-    """Delete the temporary folders of runs for the same `out` whose process is gone: killed ones cannot do it."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        process = folder.name.split(".")[-2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str) -> tuple[Tensor, Tensor | None]:
@@ -107,19 +93,6 @@ def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str
     length = min(options.calibration_len, checkpoint.spec.max_positions)
     ids = tokenize(source, text)
     return choose_windows(ids, options.calibration_windows, length, options.seed)
-
-
-def _move(temporary: Path, out: Path, overwrite: bool) -> None:
-    """Put the finished folder in place. Raises OutputError where another run was faster."""
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    try:
-        if overwrite and out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be put in place ({error}); it may have appeared during the run") from error
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _report(run: Run, written: Written, memory: PeakMemory, text: str) -> Report:

@@ -141,6 +141,10 @@ class SPQConfig(BaseModel):
                 raise ValueError(f"{what} without quantize: there are no integers; switch quantize on")
         if not self.quantize_embedding and self.embedding_bits != 8:
             raise ValueError("embedding_bits without quantize_embedding: switch it on")
+        if self.integer_pruning > 0 and not self.symmetric and 4 in (self.bits, 4 if self.has_budget else 8):
+            raise ValueError("integer_pruning at 4 bits with zero points: 0 is no common symbol there; set symmetric")
+        if self.feedback and self.granularity != "channel":
+            raise ValueError(f"feedback with granularity {self.granularity}: only row scales are fed back; use channel")
         if self.svd_residual > 0 and self.svd_metric != "whitened":
             raise ValueError("svd_residual with the plain metric changes nothing (Eckart-Young); use whitened")
         if self.compensation != "none" and not self.uses_pruning and not self.has_budget:

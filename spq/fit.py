@@ -1,8 +1,8 @@
 """spq-plan: what would fit on a card, before anything is computed. Only config.json is read.
 
-Not the server's own sizing, which measures (`server.engine.memory`). Weights and keys and values are exact byte counts of
-the packed format; the workspace and what the driver takes are estimates whose terms are printed; tokens/s is what the
-card's bandwidth allows, times a share that good kernels reach: a bound to compare plans by, no measurement.
+Not the server's own sizing, which measures (`server.engine.memory`). Weights and keys and values are exact byte counts
+of the packed format; the workspace and what the driver takes are estimates; tokens/s is what the card's bandwidth
+allows, times a share that good kernels reach: a bound to compare plans by, no measurement.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def workspace_bytes(spec: ModelSpec, concurrency: int) -> int:
     """Activations of the largest step in 16 bits (residual, norm, q, k, v, attention, MLP), and float32 logits with
     a sorted copy for every sequence."""
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    return STEP_TOKENS * 2 * (2 * spec.hidden_size + heads + spec.intermediate_size) + concurrency * spec.vocab_size * 12
+    return (
+        STEP_TOKENS * 2 * (2 * spec.hidden_size + heads + spec.intermediate_size) + concurrency * spec.vocab_size * 12
+    )
 
 
 def plan(
@@ -149,8 +151,8 @@ def render(plans: Sequence[Plan], left: int, arguments: argparse.Namespace) -> s
             f"{found.sequences:4} {one} {everyone:>11}"
         )
     lines.append(
-        f"KV is that of {arguments.concurrency} sequences of {arguments.context} tokens in {arguments.kv_dtype}; the total "
-        f"counts {format_bytes(DRIVER_BYTES)} for the driver (an estimate); seqs: how many fit at full context."
+        f"KV is that of {arguments.concurrency} sequences of {arguments.context} tokens in {arguments.kv_dtype}; the "
+        f"total counts {format_bytes(DRIVER_BYTES)} for the driver (an estimate); seqs: how many fit at full context."
     )
     if arguments.bandwidth is None:
         lines.append("No tokens/s without the card's memory bandwidth: give --bandwidth, for example 360GB.")

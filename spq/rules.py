@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -70,7 +71,8 @@ class Rules:
             if runner is not None and hidden is not None:
                 with self.clock.stage("activations", layer, ACTIVATION_WEIGHT if options.uses_pruning else 0.0):
                     module = runner.build(layer, state)
-                    shown = runner.run(layer, module, hidden, ("score", "down") if by_energy else ("score",))
+                    observe: tuple[Literal["score", "down"], ...] = ("score", "down") if by_energy else ("score",)
+                    shown = runner.run(layer, module, hidden, observe)
                     score = shown.score
                     if score is None or not bool(torch.isfinite(score).all()):
                         raise ModelFileError(f"activations of layer {layer} are not finite; the model is damaged")
@@ -107,13 +109,13 @@ class Rules:
             weight = state[f"{linear_path(local)}.weight"]
             second = None if moments is None else moments[INPUT_OF[local]].second
             spectrum = decompose(weight, second)
-            itemsize = options.bits / 8 if options.quantize else self.source.itemsize(module)
+            itemsize = 1 if options.quantize else self.source.itemsize(module)  # shares are alike at 4 bits
             shape = (weight.shape[0], weight.shape[1])
             choice = choose_rank(spectrum.energy, shape, f"{linear_path(local)}.bias" in state, itemsize, options)
             choices[module] = choice
             if choice.rank is not None:
                 if options.svd_residual > 0 and second is not None:
-                    down, up = residual_factors(weight, second, choice.rank, options.svd_residual)
+                    down, up = residual_factors(weight, second, choice.rank, options.svd_residual, options.sigma)
                 else:
                     down, up = spectrum.factors(choice.rank, options.sigma)
                 save_file({"down": down.cpu(), "up": up.cpu()}, self.spool / f"{module}.safetensors")

@@ -90,20 +90,18 @@ class Run:
             raise OptionError(
                 f"target_perplexity {target} is not above that of the original, {math.exp(base):.4f}; raise it"
             )
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             written = self._write(folder, market.decide_for_loss(allowed))
-            written.prediction = found = self._check(folder, written)
-            assert found is not None
-            risen = math.log(found.measured) - base
-            if risen <= wanted or attempt == ATTEMPTS - 1:
-                break
+            written.prediction = self._check(folder, written)
+            assert written.prediction is not None and written.prediction.measured is not None
+            risen = math.log(written.prediction.measured) - base
+            if risen <= wanted:
+                return written
             allowed *= 0.98 * wanted / risen
-        if risen > wanted:
-            raise OptionError(
-                f"target_perplexity {target} was not reached in {ATTEMPTS} attempts: {found.measured:.4f} at "
-                f"{written.bytes_packed} bytes; raise it"
-            )
-        return written
+        raise OptionError(
+            f"target_perplexity {target} was not reached in {ATTEMPTS} attempts: {math.exp(base + risen):.4f} at "
+            f"{written.bytes_packed} bytes; raise it"
+        )
 
     def _write(self, folder: Path, decision: Decision, rules: Rules | None = None) -> Written:
         for old in folder.glob("*.safetensors*"):

@@ -5,8 +5,8 @@ layers of a coefficient times a squared relative error. Here the error is that o
 the rise is the divergence KL(original || noisy) of the next token, which is what the loss rises by where the model
 fits its text, without the loss's own noise. Not what turns options into errors (`survey`).
 
-The float model is held whole, as transformers has it, in float32 on a CPU and in its own dtype on a GPU, with the hidden
-states before every layer (layers x tokens x hidden, float32, on the CPU): a layer's noise runs from that layer on.
+The float model is held whole, as transformers has it, in float32 on a CPU and in its own dtype on a GPU, with the
+hidden states before every layer (layers x tokens x hidden, float32, on the CPU): noise in a layer runs from there on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Probe:
         return embedded.float().cpu()
 
     def _parts(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        return hidden.flatten(0, 1).split(BATCH_TOKENS)
+        parts: tuple[Tensor, ...] = hidden.flatten(0, 1).split(BATCH_TOKENS)
+        return parts
 
     def _head(self, hidden: Tensor) -> Tensor:
         """float32 [tokens, vocab]."""

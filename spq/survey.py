@@ -69,8 +69,8 @@ class Surveyor:
         """Survey everything on windows int64 [count, len]. Raises ModelFileError for what is not finite."""
         spec = self.source.spec
         found = ModelSurvey({}, [], [])
-        for module in (EMBEDDING,) if spec.tied else (EMBEDDING, HEAD):
-            found.matrices[module] = self._table(module)
+        for table in (EMBEDDING,) if spec.tied else (EMBEDDING, HEAD):
+            found.matrices[table] = self._table(table)
         runner = LayerRunner(spec, windows.shape[1], self.source.device)
         hidden = self.source.embed(windows)
         for layer in range(spec.num_layers):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -25,7 +25,9 @@ def test_choice_is_near_the_best_there_is(seed: int) -> None:
     assert chosen is not None and total_bytes(chosen) <= budget
     best = min(map(total_loss, feasible))
     # Lagrangian relaxation loses at most one part's step: no choice misses the best by more than the largest step
-    steps = [max(option.loss for option in front) - min(option.loss for option in front) for front in map(pareto, parts)]
+    steps = [
+        max(option.loss for option in front) - min(option.loss for option in front) for front in map(pareto, parts)
+    ]
     assert total_loss(chosen) <= best + max(steps)
 
 
@@ -33,7 +35,7 @@ def test_more_bytes_never_cost_loss() -> None:
     parts = random_parts(random.Random(1), 20, 8)
     losses = [total_loss(chosen) for budget in range(200, 2200, 25) if (chosen := choose(parts, budget)) is not None]
     assert len(losses) > 50
-    assert all(later <= earlier + 0.02 for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier + 0.02 for earlier, later in pairwise(losses))
 
 
 def test_plenty_takes_the_best_and_too_little_nothing() -> None:

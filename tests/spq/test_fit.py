@@ -59,9 +59,7 @@ def test_the_command_line(seven: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--gpu-memory", "8GiB", "--concurrency", "0"], "must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line(
-    seven: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(seven: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(seven), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("spq-plan: ") and error.count("\n") == 1 and message in error
