@@ -130,6 +130,8 @@ class SPQConfig(BaseModel):
                 f"rank_rule released has its own test and no rounding, but min_saving is {self.min_saving} and "
                 f"rank_multiple {self.rank_multiple}; set them to 0 and 1, or use rank_rule energy"
             )
+        if self.name == "budget" and not self.has_budget:
+            raise ValueError("preset budget without a budget; give budget, ratio or target_perplexity")
         if self.quantize_embedding and not self.quantize:
             raise ValueError("quantize_embedding without quantize: switch both on or both off")
         if not self.quantize:
@@ -156,8 +158,6 @@ class SPQConfig(BaseModel):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: give one of them")
         if not given:
-            if self.name == "budget":
-                raise ValueError("preset budget without a budget; give budget, ratio or target_perplexity")
             return self
         chosen = {
             "variance_threshold": self.uses_svd, "max_prune_ratio": self.uses_pruning, "bits": self.bits != 8,
