@@ -1,9 +1,9 @@
 """Rounding with error feedback: what one column loses is made up for by the columns that are still to be rounded.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323, section 3, algorithm 1): with H the second moment of the inputs and U the
-upper Cholesky factor of H^-1 (H^-1 = U^T U), column j is rounded, its error e = (w_j - q_j) / U_jj is taken
-from the columns behind it as e U_j,j+1: . Same grids and storage as `quantize` and `quantize4`; only the integers
-differ. Not the moments (`moments`).
+GPTQ (Frantar et al. 2022, arXiv 2210.17323, equation 2 and algorithm 1): with H the second moment of the inputs and U
+the upper Cholesky factor of H^-1 (H^-1 = U^T U), column j is rounded, its error e = (w_j - q_j) / U_jj is taken from
+every column k behind it as e U_jk. Same grids and storage as `quantize` and `quantize4`; only the integers differ.
+Not the moments (`moments`).
 
 Beyond the paper: a row that feedback did not help (it is greedy) keeps its round-to-nearest integers, so that no
 row's output error on these inputs is above round-to-nearest's. A matrix of at most 2^20 elements is done in float64,

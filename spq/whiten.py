@@ -1,7 +1,8 @@
 """The square root of an input second moment: the change of variables in which a matrix's output error is its norm.
 
 With second = S S^T the output error of W~ is tr((W - W~) second (W - W~)^T) = ||(W - W~) S||^2 (Frobenius), so the
-truncated SVD of W S loses exactly its dropped squared singular values: SVD-LLM (arXiv 2403.07378, section 3.1).
+truncated SVD of W S loses exactly its dropped squared singular values: SVD-LLM (arXiv 2403.07378, truncation-aware
+data whitening).
 Not the moments (`moments`) and not the decomposition (`svd`).
 """
 
@@ -34,6 +35,12 @@ class Root:
             solved = torch.linalg.solve(self.matrix, rows, left=False)
         return solved
 
+    def solve(self, columns: Tensor) -> Tensor:
+        """columns [n, m] -> (S S^T)^-1 columns, float64."""
+        if self.triangular:
+            return torch.cholesky_solve(columns, self.matrix)
+        return self.undo(torch.linalg.solve(self.matrix, columns).T).T
+
 
 def checked(second: Tensor, device: torch.device) -> Tensor:
     """second [n, n], or its diagonal [n], as float64 on the device. Raises CalibrationError where it is not finite."""
@@ -45,10 +52,10 @@ def checked(second: Tensor, device: torch.device) -> Tensor:
 
 def damped(second: Tensor, share: float) -> Tensor:
     """second [n, n] or [n] with `share` of its mean diagonal entry added to the diagonal; float64, a copy."""
-    wide = second.double()
-    if wide.ndim == 1:
-        return wide + share * wide.mean()
-    return wide + share * wide.diagonal().mean() * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    moved = second.to(torch.float64, copy=True)
+    diagonal = moved if moved.ndim == 1 else moved.diagonal()
+    diagonal.add_(share * float(diagonal.mean()))
+    return moved
 
 
 def square_root(second: Tensor) -> Root:
@@ -69,7 +76,8 @@ def square_root(second: Tensor) -> Root:
         return Root(factor, True)
     lowest = torch.linalg.eigvalsh(wide)[0].abs()
     shift = lowest + RELATIVE_JITTER * wide.diagonal().mean()
-    moved = wide + shift * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    moved = wide.clone()
+    moved.diagonal().add_(shift)
     factor, failed = torch.linalg.cholesky_ex(moved)
     if not failed:
         return Root(factor, True)

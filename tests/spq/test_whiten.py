@@ -124,6 +124,8 @@ def test_root_and_its_fallbacks() -> None:
             scale = float(second.diagonal().mean())
             torch.testing.assert_close(root.matrix @ root.matrix.T, second, rtol=0, atol=exact * scale)
         torch.testing.assert_close(root.undo(rows) @ root.matrix, rows, rtol=1e-6, atol=1e-6)
+        back = root.matrix @ (root.matrix.T @ root.solve(rows.T))
+        torch.testing.assert_close(back, rows.T, rtol=1e-6, atol=1e-6)
     assert torch.equal(square_root(torch.zeros((4, 4))).matrix.abs().sum(dim=0), torch.ones(4, dtype=torch.float64))
     assert torch.equal(square_root(torch.zeros(4)).matrix, torch.eye(4, dtype=torch.float64))
 
