@@ -96,7 +96,7 @@ class Probe:
         return embedded.float().cpu()
 
     def _parts(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = hidden.flatten(0, 1).split(BATCH_TOKENS)
+        parts: tuple[Tensor, ...] = torch.split(hidden.flatten(0, 1), BATCH_TOKENS)
         return parts
 
     def _head(self, hidden: Tensor) -> Tensor:

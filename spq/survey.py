@@ -21,7 +21,7 @@ from spq.errors import ModelFileError
 from spq.layout import EMBEDDING, HEAD, layer_linears
 from spq.moments import Moments
 from spq.progress import StageClock
-from spq.prune import bias_compensation, energy_scores, kept_neurons, kept_width, refit_kept
+from spq.prune import bias_compensation, dropping_errors, energy_scores, kept_width, refit_errors
 from spq.recipe import Recipe
 from spq.source import Source
 from spq.svd import decompose
@@ -130,25 +130,18 @@ class Surveyor:
     def _neurons(self, found: ModelSurvey, down: Tensor, inputs: Moments) -> None:
         second = inputs.second.to(down.device)
         scores = energy_scores(second.diagonal(), down).float()
-        energy = output_energy(down, second)
+        order = scores.argsort(descending=True, stable=True)
+        refitted = self.options.compensation == "refit"
+        lost = refit_errors(second, down, order) if refitted else dropping_errors(second, down, order)
+        energy = float(lost[0])
         errors: dict[int, float] = {}
-        for share in WIDTH_SHARES:
+        for share in WIDTH_SHARES if energy > 0 else ():
             width = kept_width(down.shape[1], 1 - share, self.options.width_multiple)
-            if width >= down.shape[1] or width in errors or energy <= 0:
-                continue
-            kept = kept_neurons(scores, width)
-            left = torch.zeros_like(down)
-            left[:, kept] = (
-                refit_kept(down, second, kept).to(down.dtype) if self.options.compensation == "refit" else down[:, kept]
-            )
-            difference = down - left
-            error = output_energy(difference, second)
-            if self.options.compensation == "bias":  # the mean of what is lost comes back
-                dropped = torch.ones(down.shape[1], dtype=torch.bool, device=down.device).index_fill(0, kept, False)
-                error -= float(
-                    bias_compensation(inputs.mean, down, dropped.nonzero().flatten()).double().square().sum()
-                )
-            errors[width] = max(0.0, error) / energy
+            if width < down.shape[1] and width not in errors:
+                error = float(lost[width])
+                if self.options.compensation == "bias":  # the mean of what is lost comes back
+                    error -= float(bias_compensation(inputs.mean, down, order[width:]).double().square().sum())
+                errors[width] = max(0.0, error) / energy
         found.scores.append(scores.cpu())
         found.widths.append(errors)
 

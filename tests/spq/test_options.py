@@ -19,6 +19,7 @@ from spq.report import Report
 from tests.spq.test_hf import plain_twin
 
 CPU = torch.device("cpu")
+FAMILIES = [("llama", True), ("qwen2", False), ("qwen3", True), ("llama_bias", False)]
 SVD = {"variance_threshold": 0.6, "max_prune_ratio": 0.0}
 PRUNE = {"variance_threshold": 1.0, "max_prune_ratio": 0.3}
 NONE = {"variance_threshold": 1.0, "max_prune_ratio": 0.0}
@@ -55,7 +56,9 @@ def compressed(source: Path, out: Path, text: str, **overrides: Any) -> Report:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True), ("llama_bias", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True), ("llama_bias", False)]
+)
 def test_transformers_computes_what_is_stored(
     make_model: Callable[..., Path], text: str, tmp_path: Path, name: str, family: str, tied: bool
 ) -> None:
