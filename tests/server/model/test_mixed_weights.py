@@ -135,7 +135,7 @@ def test_logits_are_those_of_the_dequantized_weights(family: str, bias: bool, fl
         logits, harness = served(folder, IDS, backend)
         assert error(logits, exact) < LIMITS[backend], backend
         if backend == "native" and family == "qwen3":  # heads of 16: all layers in one call
-            assert fits(harness.model.weights.layers, harness.cache)
+            assert fits(harness.model._weights.layers, harness.cache)
 
 
 def test_saving_writes_the_same_tensors(tmp_path: Path) -> None:
