@@ -89,29 +89,34 @@ INLINE void group_tile(const Matrix *m, const int16_t *x, int64_t stride, const 
 #endif
 }
 
-INLINE void block_rows(const Matrix *m, const Rows *x, int64_t block, int64_t row, float *values, const int rows) {
+/* Not inlined, for the reason given in int8.c. */
+__attribute__((noinline)) static void group_tile_of(const Matrix *m, const int16_t *x, int64_t stride, const int32_t *totals,
+                                                    int64_t total_stride, const uint8_t *w, int64_t quads, int64_t at,
+                                                    float *values, int rows) {
+    switch (rows) {
+#define CASE(n) case n: group_tile(m, x, stride, totals, total_stride, w, quads, at, values, n); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if STRIP > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+    }
+}
+
+void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values) {
     int64_t groups = groups_of(m);
     const int16_t *integers = x->integers + row * x->stride;
     const uint8_t *w = (const uint8_t *)m->packed + block * block_bytes(m);
     memset(values, 0, rows * BLOCK * sizeof(float));
     for (int64_t g = 0; g < groups; g++) {
         int64_t begin = g * m->group, quads = quads_of(least(m->group, m->inputs - begin));
-        group_tile(m, integers + begin, x->stride, x->sums + row * groups + g, groups, w, quads,
-                   (block * groups + g) * BLOCK, values, rows);
+        group_tile_of(m, integers + begin, x->stride, x->sums + row * groups + g, groups, w, quads,
+                      (block * groups + g) * BLOCK, values, rows);
         w += quads * QUAD;
     }
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < BLOCK; i++) values[r * BLOCK + i] *= x->step[row + r];
-}
-
-void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *values) {
-    switch (rows) {
-#define CASE(n) case n: block_rows(m, x, block, row, values, n); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if STRIP > 6
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#undef CASE
+    for (int r = 0; r < rows; r++) {
+        float step = x->step[row + r];
+        for (int i = 0; i < BLOCK; i++) values[r * BLOCK + i] *= step;
     }
 }
 
