@@ -72,7 +72,7 @@ INLINE void tile(const int16_t *x, int64_t stride, const uint8_t *w, int64_t qua
 #endif
 }
 
-/* Not inlined, for the reason given in int8.c. */
+/* Not inlined, as in int8.c. */
 __attribute__((noinline)) static void tile_of(const int16_t *x, int64_t stride, const uint8_t *w, int64_t quads, int32_t *sums,
                                               int rows) {
     switch (rows) {

@@ -50,8 +50,10 @@ INLINE void tile(const int16_t *x, int64_t stride, const int8_t *w, int64_t pair
 #endif
 }
 
-/* Not inlined: in a larger function gcc 12 keeps fewer sums in registers, and 6 rows take 1.3 times as long. */
-__attribute__((noinline)) static void tile_of(const int16_t *x, int64_t stride, const int8_t *w, int64_t pairs, int32_t *sums, int rows) {
+/* Not inlined: in a larger function gcc 12 keeps fewer sums in registers, and 16 rows x 4096 x 4096 take 1.26 times as
+ * long (Zen 3, one thread: 6.8 against 5.4 ms). */
+__attribute__((noinline)) static void tile_of(const int16_t *x, int64_t stride, const int8_t *w, int64_t pairs, int32_t *sums,
+                                              int rows) {
     switch (rows) {
 #define CASE(n) case n: tile(x, stride, w, pairs, sums, n); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
