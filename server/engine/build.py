@@ -24,6 +24,7 @@ from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
+from server.model.allocator import mapped_blocks
 from server.model.coded import CodedLayers
 from server.model.facts import compression_facts
 from server.model.load import WeightBytes, load_model
@@ -69,16 +70,15 @@ def build_engine(
     wanted_len = config.max_model_len or spec.max_positions
     progress("loading", 0.0)
     coded = pick_resident(config, ops, threads)
-    model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total), coded)
-    manifest = source.manifest
-    source.close()
-    ops.use_threads(threads)
-    kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
-    if coded is not None:
-        if not coded.coded:
-            raise OptionError("--resident coded: no layer of this model has integers; compress it, or leave it decoded")
-        settle(model, coded, kv_dtype, config.resident_tolerance)
-        used.leave_coded(coded)
+    with mapped_blocks():
+        model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total), coded)
+        manifest = source.manifest
+        source.close()
+        ops.use_threads(threads)
+        kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
+        if coded is not None:
+            settle(model, coded, kv_dtype, config.resident_tolerance)
+            used.leave_coded(coded)
     before = read_memory(device)
     if config.memory_budget is not None and before.process > config.memory_budget:
         raise MemoryBudgetError(

@@ -27,12 +27,12 @@ from server.engine.kv_cache import allocate
 from server.model.coded import CodedLayers
 from server.model.llama import Llama
 from server.sizes import format_bytes
+from spq.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
 SAMPLED_LAYERS = 4
-TRIALS = 5
-FLUSH_BYTES = 64 << 20  # of coded layers are read between trials, so that a layer comes from memory, not from a cache
+TRIALS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Rates:
     """Measured; bytes are those of decoded integers."""
 
     decode: float  # bytes/s, all decoding threads, nothing else running
-    run_decoded: float  # bytes/s of a layer's kernels for one token, its weights in memory
-    run_coded: float  # bytes/s right after it was decoded: part of it is still in a cache
+    run_decoded: float  # bytes/s of several layers in a row, for one token
+    run_coded: float  # bytes/s of a layer that runs alone, as a coded one does: threads have to wake
     overlap: float  # 0..1 of the shorter of decoding and running that is hidden by the other
     rest_s: float  # of a step: the head
 
@@ -98,14 +98,19 @@ def plan(layers: dict[int, LayerBytes], rates: Rates, tolerance: float) -> Plan:
 
 
 def settle(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype, tolerance: float) -> Plan:
-    """Measure, plan, and decode for good the layers that do not stay coded. All are coded when this is called."""
+    """Measure, plan, and decode for good the layers that do not stay coded. All are coded when this is called.
+
+    Raises OptionError for a model without integers.
+    """
+    if not layers.coded:
+        raise OptionError("--resident coded: no layer of this model has integers; compress it, or leave it decoded")
     sizes = {n: LayerBytes(x.decoded_bytes, x.coded_bytes, x.arena_bytes) for n, x in layers.coded.items()}
     rates = measure(model, layers, kv_dtype)
     found = plan(sizes, rates, tolerance)
     layers.keep_decoded([number for number in sizes if number not in found.coded])
     logger.info(
         "resident: %d of %d layers stay coded (%s in place of %s, and an arena of %s); predicted %.1f tokens/s for one "
-        "stream, %.1f with all decoded; measured: decoding %.2f GB/s, layers %.2f GB/s (decoded just before: %.2f), "
+        "stream, %.1f with all decoded; measured: decoding %.2f GB/s, layers %.2f GB/s (alone: %.2f), "
         "overlap %.0f %%",
         len(found.coded),
         len(sizes),
@@ -123,46 +128,28 @@ def settle(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype, tolerance: 
 
 
 def measure(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype) -> Rates:
-    """The rates, by a token at position 0 through a few of the coded layers; medians of five trials."""
+    """The rates, by a token at position 0 through a few of the coded layers; medians of nine trials."""
     numbers = sorted(layers.coded)
     sample = numbers[:: max(1, len(numbers) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
-    step = _Step(model, kv_dtype, len(sample))
-    decode_s, cold_s, hot_s = [], [], []
-    for place, number in enumerate(sample):
-        stack, cache = [layers.coded[number].layer], [step.cache[place]]
-        layers.decode_one(number)
-        step.run(stack, cache)  # makes the program
-        decodes, colds, hots = [], [], []
-        for _ in range(TRIALS):
-            _flush(layers)
-            colds.append(_seconds(lambda s=stack, c=cache: step.run(s, c)))  # type: ignore[misc]
-            decodes.append(_seconds(lambda n=number: layers.decode_one(n)))  # type: ignore[misc]
-            hots.append(_seconds(lambda s=stack, c=cache: step.run(s, c)))  # type: ignore[misc]
-        decode_s.append(median(decodes))
-        cold_s.append(median(colds))
-        hot_s.append(median(hots))
     size = sum(layers.coded[number].decoded_bytes for number in sample)
+    step = _Step(model, kv_dtype, len(sample))
+    stack = layers.lend(sample)
+    run_s = _median_s(lambda: step.run(stack, step.cache))
+    alone = [([layer], [cache]) for layer, cache in zip(stack, step.cache, strict=True)]
+    alone_s = sum(_median_s(lambda one=one: step.run(*one)) for one in alone)  # type: ignore[misc]
+    rest_s = _median_s(step.rest)
+    layers.take_back()
     ring = layers.some(sample)
-    step.run_ring(ring)
-    piped = median(_seconds(lambda: step.run_ring(ring)) for _ in range(TRIALS))
-    hidden = sum(decode_s) + sum(hot_s) - piped
-    shorter = sum(min(a, b) for a, b in zip(decode_s, hot_s, strict=True))
+    decode_s, both_s = _median_s(ring.decode_all), _median_s(lambda: step.run_ring(ring))
+    ring.take_back()
+    hidden = (decode_s + alone_s - both_s) / min(decode_s, alone_s)
     return Rates(
-        decode=size / sum(decode_s),
-        run_decoded=size / max(sum(cold_s), sum(hot_s)),
-        run_coded=size / sum(hot_s),
-        overlap=min(1.0, max(0.0, hidden / shorter)),
-        rest_s=median(_seconds(step.rest) for _ in range(TRIALS)),
+        decode=size / decode_s,
+        run_decoded=size / run_s,
+        run_coded=size / alone_s,
+        overlap=min(1.0, max(0.0, hidden)),
+        rest_s=rest_s,
     )
-
-
-def _flush(layers: CodedLayers) -> None:
-    read = 0
-    for matrix in (matrix for layer in layers.coded.values() for matrix in layer.matrices):
-        matrix.coded.data.amax()
-        read += matrix.coded.nbytes
-        if read >= FLUSH_BYTES:
-            return
 
 
 class _Step:
@@ -201,7 +188,11 @@ class _Step:
         return torch.ones(1, self._model.spec.hidden_size)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def _median_s(call: Callable[[], object]) -> float:
+    """Seconds of a call, after one that is not counted: it makes programs and touches memory."""
+    spent = []
+    for _ in range(TRIALS + 1):
+        started = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - started)
+    return median(spent[1:])

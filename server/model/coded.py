@@ -48,7 +48,7 @@ class CodedLayer:
             coded, where = encode(integers, threads), f"{name}, matrix {number} in memory"
             offsets = check_table(coded, integers.nbytes, where)
             self.matrices.append(CodedMatrix(matrix, integers.dtype, integers.nbytes, coded, offsets, where))
-            matrix.move(integers.new_empty(0))
+        self.let_go()
 
     @property
     def coded_bytes(self) -> int:
@@ -64,6 +64,11 @@ class CodedLayer:
     def arena_bytes(self) -> int:
         """Bytes its integers take in an arena."""
         return sum(_aligned(m.nbytes) for m in self.matrices)
+
+    def let_go(self) -> None:
+        """Point the matrices nowhere; they must not be run."""
+        for m in self.matrices:
+            m.matrix.move(torch.empty(0, dtype=m.dtype))
 
     def decode(self, memory: Tensor, decoders: ThreadPoolExecutor) -> list[Future[None]]:
         """Let the matrices lie in `memory` (uint8) and begin to decode into it."""
@@ -91,11 +96,11 @@ class _Part:
 class CodedLayers:
     """A stack of layers, some of them coded. One caller at a time; nothing is decoded ahead of the first `run`."""
 
-    def __init__(self, ops: NativeOps, threads: int) -> None:
-        """`threads` decode."""
+    def __init__(self, ops: NativeOps, threads: int, decoders: ThreadPoolExecutor | None = None) -> None:
+        """`threads` decode: their own, or those of another stack."""
         self.ops = ops
         self._threads = threads
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._decoders = decoders or ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._layers: list[Layer] = []
         self.coded: dict[int, CodedLayer] = {}  # by number of the layer
         self._arena: tuple[Tensor, Tensor] | None = None
@@ -115,9 +120,7 @@ class CodedLayers:
         """Decode these layers for good."""
         self._wait()
         for number in numbers:
-            layer = self.coded.pop(number)
-            for task in layer.decode(torch.empty(layer.arena_bytes, dtype=torch.uint8), self._decoders):
-                task.result()
+            self._decode_alone(self.coded.pop(number))
         self._arena, self._next, self._parts, self._cache = None, 0, [], None
 
     @property
@@ -136,13 +139,10 @@ class CodedLayers:
         """As Ops.run_layers. Raises PackedFormatError where memory was damaged."""
         if cache is not self._cache:
             self._divide(cache)
-        if not self._pending:
-            for _ in range(min(2, len(self.coded))):
-                self._decode_next()
+        self._begin()
         for part in self._parts:
             if part.coded:
-                for task in self._pending.pop(0):
-                    task.result()
+                self._await_next()
             h = self.ops.run_layers(h, part.layers, cos, sin, part.cache, batch, scale)
             if part.coded:
                 self._decode_next()
@@ -151,15 +151,43 @@ class CodedLayers:
     def some(self, numbers: Sequence[int]) -> CodedLayers:
         """Only these coded layers, as a stack of their own with its own arena; for measuring, between steps."""
         self._wait()
-        part = CodedLayers(self.ops, self._threads)
+        part = CodedLayers(self.ops, self._threads, self._decoders)
         part._layers = [self._layers[number] for number in numbers]
         part.coded = {place: self.coded[number] for place, number in enumerate(numbers)}
         return part
 
-    def decode_one(self, number: int) -> None:
-        """Decode a coded layer now and wait for it; for measuring, between steps."""
+    def decode_all(self) -> None:
+        """What `run` decodes, as it decodes it, without running anything; for measuring, between steps."""
+        self._begin()
+        for _ in self.coded:
+            self._await_next()
+            self._decode_next()
+
+    def lend(self, numbers: Sequence[int]) -> list[Layer]:
+        """Coded layers, decoded into memory of their own until `take_back`; for measuring, between steps."""
         self._wait()
-        for task in self.coded[number].decode(self._half(0), self._decoders):
+        for number in numbers:
+            self._decode_alone(self.coded[number])
+        return [self._layers[number] for number in numbers]
+
+    def take_back(self) -> None:
+        """Let go of all memory but the coded layers' own."""
+        self._wait()
+        for layer in self.coded.values():
+            layer.let_go()
+        self._arena = None
+
+    def _decode_alone(self, layer: CodedLayer) -> None:
+        for task in layer.decode(torch.empty(layer.arena_bytes, dtype=torch.uint8), self._decoders):
+            task.result()
+
+    def _begin(self) -> None:
+        """Decode ahead, unless the last step has begun that."""
+        while len(self._pending) < min(2, len(self.coded)):
+            self._decode_next()
+
+    def _await_next(self) -> None:
+        for task in self._pending.pop(0):
             task.result()
 
     def _decode_next(self) -> None:

@@ -118,9 +118,11 @@ def test_integers_are_there_once(loaded: tuple[CodedLayers, list[torch.Tensor]])
 def test_one_layer_is_decoded_where_it_is_asked_for(loaded: tuple[CodedLayers, list[torch.Tensor]]) -> None:
     layers, before = loaded
     place = sum(len(layers.coded[number].matrices) for number in range(4))
-    layers.decode_one(4)
+    layers.lend([4])
     for m, expected in zip(layers.coded[4].matrices, before[place:], strict=False):
         assert torch.equal(m.matrix.integers, expected) and m.matrix.integers.data_ptr() % 64 == 0
+    layers.take_back()
+    assert all(m.matrix.integers.numel() == 0 for m in layers.coded[4].matrices)
 
 
 def test_damaged_memory_is_noticed(loaded: tuple[CodedLayers, list[torch.Tensor]]) -> None:
@@ -128,7 +130,7 @@ def test_damaged_memory_is_noticed(loaded: tuple[CodedLayers, list[torch.Tensor]
     data = layers.coded[3].matrices[0].coded.data
     data[data.numel() // 2] ^= 1
     with pytest.raises(PackedFormatError, match="layer 3, matrix 0 in memory: block 0 is damaged"):
-        layers.decode_one(3)
+        layers.lend([3])
 
 
 def test_a_gpu_is_refused_with_the_reason() -> None:
