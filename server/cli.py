@@ -98,6 +98,16 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             parse_bytes,
         ),
         Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
+        Option(
+            "resident",
+            "weights of layers in memory; coded: compressed without loss, each decoded while the one before runs",
+            choices=("decoded", "coded"),
+        ),
+        Option(
+            "resident-tolerance",
+            "share (0..1) of tokens/s of one stream that coded layers may cost; 1: as few bytes as possible",
+            float,
+        ),
         Option("int8-prefill", "on a GPU, int8 activations for prompts too: faster, at some loss; on or off", _switch),
         Option("cuda-graphs", "on a GPU, record decode steps at start and replay them: on or off", _switch),
         Option("threads", "CPU threads for tensor work (default: all cores where that is faster, else one)", int),

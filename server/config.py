@@ -32,6 +32,8 @@ class ServerConfig(BaseModel):
     kv_dtype: Literal["auto", "int8", "float32", "float16", "bfloat16"] = "auto"
     memory_budget: int | None = Field(None, gt=0)  # bytes on the device, whole process
     kv_memory: int | None = Field(None, gt=0)  # bytes, overrides what the budget would leave
+    resident: Literal["decoded", "coded"] = "decoded"  # how integers of layers are kept
+    resident_tolerance: float = Field(0.1, ge=0.0, le=1.0)  # share of tokens/s that coded layers may cost
     int8_prefill: bool = False
     cuda_graphs: bool = True
     threads: int | None = Field(None, ge=1)  # CPU threads for tensor work
@@ -67,4 +69,10 @@ class ServerConfig(BaseModel):
                 f"--max-batch-tokens {self.max_batch_tokens} must exceed --max-num-seqs {self.max_num_seqs}, or full "
                 "batches would leave no room for prompts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tolerance_has_a_use(self) -> Self:
+        if self.resident == "decoded" and "resident_tolerance" in self.model_fields_set:
+            raise ValueError("--resident-tolerance is about --resident coded, which is not asked for; leave it out")
         return self

@@ -21,7 +21,7 @@ from kernels.native.int4 import int4_matrix
 from kernels.native.int8 import int8_matrix
 from kernels.native.library import WIDEST_HEAD, CHeads, CQueries, Pool, c_cache, machine_choice
 from kernels.native.matrix import PackedMatrix
-from kernels.native.program import Program, fits
+from kernels.native.program import Program, fits, matrices
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
 from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight
@@ -54,7 +54,7 @@ class NativeOps:
         self._functions = choice.library.functions
         self._pool = Pool(choice.library, torch.get_num_threads())
         self._floats = False  # matrices that torch multiplies
-        self._program: Program | None = None  # of the layers and the cache that ran last
+        self._programs: dict[int, Program] = {}  # by the list of layers, over the cache that ran last
 
     def use_threads(self, count: int) -> None:
         """Let `count` threads work, at most as many as torch had when this was made.
@@ -95,6 +95,10 @@ class NativeOps:
         """Bytes resident, padding included."""
         return prepared.nbytes
 
+    def stores(self, layer: Layer) -> list[PackedMatrix]:
+        """The matrices of a layer whose integers may be moved (`PackedMatrix.move`)."""
+        return [matrix for matrix in matrices(layer) if isinstance(matrix, PackedMatrix)]
+
     def embed(self, token_ids: Tensor, table: Rows) -> Tensor:
         """token_ids int64 [T] -> float32 [T, hidden]."""
         if isinstance(table, PackedMatrix):
@@ -106,11 +110,11 @@ class NativeOps:
         batch: AttentionBatch, scale: float,
     ) -> Tensor:  # fmt: skip
         """See Ops; one call into C where all layers fit a `Program`."""
-        program = self._program
+        program = self._programs.get(id(layers))
         if program is None or program.layers is not layers or program.cache is not cache:
             if not fits(layers, cache):
                 return run_one_by_one(self, h, layers, cos, sin, cache, batch, scale)
-            program = self._program = Program(layers, cache, self._pool)
+            program = self._programs[id(layers)] = Program(layers, cache, self._pool)
         return program.run(h, cos, sin, batch, scale)
 
     def attention_input(

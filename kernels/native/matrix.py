@@ -19,7 +19,7 @@ class PackedMatrix:
     """Weights [out, in], several stacked along the outputs, or gate and up in alternate blocks."""
 
     def __init__(self, c_matrix: CMatrix, tensors: Sequence[Tensor], pool: Pool) -> None:
-        """`tensors` are those that `c_matrix` points into."""
+        """`tensors` are those that `c_matrix` points into, the packed integers first."""
         self.c_matrix = c_matrix
         self.inputs: int = c_matrix.inputs
         self.outputs: int = c_matrix.outputs
@@ -32,6 +32,16 @@ class PackedMatrix:
     def nbytes(self) -> int:
         """Bytes resident, padding included."""
         return sum(tensor.nbytes for tensor in self._tensors)
+
+    @property
+    def integers(self) -> Tensor:
+        """The packed integers, flat, one or two in a byte: where products read them now."""
+        return self._tensors[0]
+
+    def move(self, memory: Tensor) -> None:
+        """Let products read the packed integers from `memory`, of their size, which is filled when one runs."""
+        self._tensors = (memory, *self._tensors[1:])
+        self.c_matrix.packed = memory.data_ptr()
 
     def multiply(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """x float32 [M, in], rows may be strided -> [M, out]; of norm(x) where one is given."""

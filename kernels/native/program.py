@@ -121,11 +121,22 @@ def fits(layers: Sequence[Layer], cache: Sequence[LayerKv]) -> bool:
     return width % 8 == 0 and width <= WIDEST_HEAD and all(_fits(layer) for layer in layers)
 
 
-def _fits(layer: Layer) -> bool:
+def matrices(layer: Layer) -> list[Matrix]:
+    """All matrices of a layer."""
     joints = [layer.qkv, layer.o, layer.down]
-    if not isinstance(layer.gate_up, PackedMatrix):
+    found: list[Matrix] = []
+    if isinstance(layer.gate_up, PackedMatrix):
+        found.append(layer.gate_up)
+    else:
         joints.append(layer.gate_up)
-    return all(isinstance(matrix, PackedMatrix) for joint in joints for matrix in _matrices(joint))
+    for joint in joints:
+        found += joint.firsts
+        found += [term.up for output in joint.outputs for term in output.terms if term.up is not None]
+    return found
+
+
+def _fits(layer: Layer) -> bool:
+    return all(isinstance(matrix, PackedMatrix) for matrix in matrices(layer))
 
 
 def _entry(layer: Layer) -> CLayer:
@@ -165,10 +176,6 @@ def _joint(joint: Joint) -> CJoint:
             if term.up is not None:
                 mine.second[t] = pointer(_packed(term.up).c_matrix)
     return made
-
-
-def _matrices(joint: Joint) -> list[Matrix]:
-    return joint.firsts + [term.up for output in joint.outputs for term in output.terms if term.up is not None]
 
 
 def _norm(norm: Norm) -> tuple[int, float]:
