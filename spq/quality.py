@@ -59,12 +59,21 @@ def composite(retention: float, sparsity: float, bits: float) -> float:
 
 
 @torch.inference_mode()
-def measure(model: LocalModel, windows: Tensor, *, bos: bool = False) -> Quality:
-    """Perplexity alone, on windows int64 [count, window]."""
+def predict(model: LocalModel, windows: Tensor) -> tuple[float, Tensor]:
+    """Summed negative log likelihood (nats) of windows [count, window], and the most likely next token after each
+    token but the last, int64 [count, window - 1]."""
     nll = torch.zeros((), dtype=torch.float64)
+    best = []
     for logits, targets in zip(model.logits(windows), model.targets(windows), strict=True):
         nll += _nll(logits, targets)
-    return Quality(perplexity_of(float(nll), windows, bos))
+        best.append(logits.argmax(-1).cpu())
+    return float(nll), torch.cat(best).view(windows.shape[0], windows.shape[1] - 1)
+
+
+def measure(model: LocalModel, windows: Tensor, *, bos: bool = False) -> Quality:
+    """Perplexity alone, on windows int64 [count, window]."""
+    nll, _ = predict(model, windows)
+    return Quality(perplexity_of(nll, windows, bos))
 
 
 @torch.inference_mode()

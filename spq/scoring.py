@@ -54,11 +54,6 @@ class LocalModel:
         for batch in batches(windows):
             yield from torch.split(batch[:, 1:].flatten(), self._rows)
 
-    def best(self, windows: Tensor) -> Tensor:
-        """The most likely next token after each token but the last: int64 [count, window - 1]."""
-        found = torch.cat([part.argmax(-1).cpu() for part in self.logits(windows)])
-        return found.view(windows.shape[0], windows.shape[1] - 1)
-
     @torch.inference_mode()
     def _hidden(self, batch: Tensor) -> Tensor:
         """Last hidden states [count * (window - 1), hidden] of all tokens but each window's last."""
