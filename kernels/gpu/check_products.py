@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gpu.backend import FusedGateUp, TritonOps
+from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_data import Maker
 from kernels.gpu.configs import DECODE_ROWS, PAD, Kernel, TileConfig, round_up
 from kernels.gpu.gate_up import gate_up_silu
+from kernels.gpu.head_layout import HeadProjections
 from kernels.gpu.head_linear import head_linear
-from kernels.gpu.int8_linear import int8_linear
-from kernels.gpu.layout import HeadProjections, Int8Matrix
+from kernels.gpu.layout import PackedMatrix
+from kernels.gpu.packed_linear import packed_linear
 from kernels.gpu.plan import ModelShape
+from kernels.gpu.prepared import FusedGateUp
 from kernels.ops import Norm
 from kernels.weights import LinearWeight
 
@@ -51,9 +53,9 @@ def product_cases(ops: TritonOps, shape: ModelShape) -> Iterator[ProductCase]:
     norm = make.norm(h, ops.dtype)
 
     def add(name: str, out: int, inner: int) -> ProductCase:
-        def run(matrix: Int8Matrix, x: Tensor, tile: TileConfig | None) -> Tensor:
+        def run(matrix: PackedMatrix, x: Tensor, tile: TileConfig | None) -> Tensor:
             total = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
-            return int8_linear(ops.gpu, x, matrix, x.dtype, add_to=total, tile=tile)
+            return packed_linear(ops.gpu, x, matrix, x.dtype, add_to=total, tile=tile)
 
         return ProductCase(
             name,
@@ -72,7 +74,7 @@ def product_cases(ops: TritonOps, shape: ModelShape) -> Iterator[ProductCase]:
     yield ProductCase(
         "o, first factor", "linear", rank, round_up(q_width, PAD), rank, q_width,
         lambda: ops.prepare_linear(make.int8(rank, q_width)),
-        lambda matrix, x, tile: int8_linear(ops.gpu, x, matrix, x.dtype, tile=tile),
+        lambda matrix, x, tile: packed_linear(ops.gpu, x, matrix, x.dtype, tile=tile),
     )  # fmt: skip
 
     def gate_up(pair: FusedGateUp, x: Tensor, tile: TileConfig | None) -> Tensor:
@@ -92,7 +94,7 @@ def product_cases(ops: TritonOps, shape: ModelShape) -> Iterator[ProductCase]:
     yield ProductCase(
         "first factors of q, k, v", "normed", firsts, round_up(h, PAD), firsts, h,
         lambda: ops.prepare_qkv(*low_rank).first,  # type: ignore[union-attr]
-        lambda matrix, x, tile: int8_linear(ops.gpu, x, matrix, x.dtype, norm=norm, tile=tile),
+        lambda matrix, x, tile: packed_linear(ops.gpu, x, matrix, x.dtype, norm=norm, tile=tile),
     )  # fmt: skip
     heads = q_width + 2 * kv_width
     heads_cases = (
