@@ -43,6 +43,7 @@ from kernels.gpu.prepared import (
     Projections,
     StackedCorrected,
     can_stack,
+    check_correction,
     stacked_corrected,
 )
 from kernels.layers import Layer, run_one_by_one
@@ -86,8 +87,7 @@ class TritonOps:
     def prepare_linear(self, weight: LinearWeight) -> Linear:
         """Lay out one matrix. Raises ValueError when shapes disagree, or for int4 groups that no kernel serves."""
         if isinstance(weight, CorrectedWeight):
-            if weight.correction.shape != weight.main.shape:
-                raise ValueError(f"a correction {weight.correction.shape} does not fit {weight.main.shape}")
+            check_correction(weight)
             return Corrected(self._matrix(weight.main), self._pair(weight.correction, corrects=True))
         return self._pair(weight) if isinstance(weight, LowRankWeight) else self._matrix(weight)
 

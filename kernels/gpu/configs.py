@@ -78,7 +78,7 @@ _GENERAL: dict[Kernel, _Table] = {
         (4, TileConfig(16, 32, 128, 2, 6)),
         (16, TileConfig(16, 64, 128, 4, 5)),
         (32, TileConfig(32, 64, 128, 4, 4)),
-        (64, TileConfig(64, 64, 128, 4, 3)),
+        (64, TileConfig(64, 64, 128, 8, 3)),
         (None, TileConfig(128, 64, 128, 8, 2)),
     ),
     "int4 normed": (
@@ -97,8 +97,7 @@ _GENERAL: dict[Kernel, _Table] = {
         (4, TileConfig(16, 32, 128, 4, 5)),
         (16, TileConfig(16, 64, 128, 4, 4)),
         (32, TileConfig(32, 64, 128, 8, 3)),
-        (64, TileConfig(64, 64, 128, 8, 3)),
-        (None, TileConfig(128, 64, 128, 8, 2)),
+        (None, TileConfig(64, 64, 128, 8, 3)),  # 128 rows spill with groups of 32
     ),
 }
 _INT4: dict[Product, Kernel] = {

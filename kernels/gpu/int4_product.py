@@ -36,18 +36,14 @@ def unpack(words, zero, dtype: tl.constexpr, PART: tl.constexpr, UPCAST: tl.cons
         if PART % 2 == 1:
             words = words >> 4
         w = ((words & 15) | 0x4300).to(tl.bfloat16, bitcast=True)
-        if UPCAST:
-            w = w.to(tl.float32)
-        return w - (128.0 + zero)
-    if PART % 2 == 1:
+        base: tl.constexpr = 128.0
+    elif PART % 2 == 1:
         w = ((words & 0xF0) | 0x6400).to(tl.float16, bitcast=True) * 0.0625
         base: tl.constexpr = 64.0
     else:
         w = ((words & 15) | 0x6400).to(tl.float16, bitcast=True)
         base: tl.constexpr = 1024.0
-    if UPCAST or dtype == tl.float32:
-        w = w.to(tl.float32)
-    return w - (base + zero)
+    return w.to(tl.float32 if UPCAST else dtype) - (base + zero)
 
 
 @triton.jit

@@ -90,6 +90,12 @@ Projections = HeadProjections | StackedCorrected | tuple[Linear, Linear, Linear]
 GateUp = FusedGateUp | StackedCorrected | tuple[Linear, Linear]
 
 
+def check_correction(weight: CorrectedWeight) -> None:
+    """Raises ValueError when the correction has another shape."""
+    if weight.correction.shape != weight.main.shape:
+        raise ValueError(f"a correction {weight.correction.shape} does not fit {weight.main.shape}")
+
+
 def can_stack(weights: Sequence[LinearWeight]) -> bool:
     """Whether `stacked_corrected` takes them: at least one has a correction, and both the main parts and the first
     factors are integers of one kind."""
@@ -102,12 +108,16 @@ def can_stack(weights: Sequence[LinearWeight]) -> bool:
 def stacked_corrected(
     weights: Sequence[LinearWeight], device: torch.device, magic: bool, pad_rows: bool
 ) -> StackedCorrected:
-    """Lay out weights for which `can_stack` holds; with `pad_rows` each has a multiple of 128 columns of output."""
+    """Lay out weights for which `can_stack` holds; with `pad_rows` each has a multiple of 128 columns of output.
+
+    Raises ValueError as `check_correction` and `correction_factors`.
+    """
     mains = [weight.main if isinstance(weight, CorrectedWeight) else weight for weight in weights]
     columns = [round_up(main.shape[0], PAD) if pad_rows else main.shape[0] for main in mains]
     downs, additions, start = [], [], 0
     for i, weight in enumerate(weights):
         if isinstance(weight, CorrectedWeight):
+            check_correction(weight)
             down, second = correction_factors(weight.correction, device, magic)
             downs.append(down)
             additions.append(Addition(start, sum(columns[:i]), second))
