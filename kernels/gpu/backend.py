@@ -184,8 +184,7 @@ class TritonOps:
         if isinstance(weight, FusedGateUp) and len(h) <= DECODE_ROWS:
             return gate_up_silu(self.gpu, h, weight.matrix, weight.width, norm=norm)
         if isinstance(weight, StackedCorrected):
-            gate, up = self._stacked(h, norm, weight)
-            return silu_mul(gate, up)[:, : weight.width]
+            return silu_mul(*self._stacked(h, norm, weight))[:, : weight.width]
         if isinstance(weight, FusedGateUp) and isinstance(weight.matrix, Int8Matrix) and self.int8_prefill:
             rows, n = quantize_rows(h, weight.matrix.width, norm), weight.matrix.rows // 2
             parts = (weight.matrix.part(0, n), weight.matrix.part(n, 2 * n))

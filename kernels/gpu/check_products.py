@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_data import Maker
-from kernels.gpu.configs import DECODE_ROWS, PAD, Kernel, TileConfig, round_up
+from kernels.gpu.configs import DECODE_ROWS, PAD, Product, TileConfig, round_up
 from kernels.gpu.gate_up import gate_up_silu
 from kernels.gpu.head_layout import HeadProjections
 from kernels.gpu.head_linear import head_linear
@@ -31,7 +31,7 @@ class ProductCase:
     """One product; n and k as `configs.tile_config` takes them, `outputs` columns in all, `inputs` of x."""
 
     name: str
-    kernel: Kernel
+    kernel: Product
     n: int
     k: int
     outputs: int

@@ -36,14 +36,12 @@ def unpack(words, zero, dtype: tl.constexpr, PART: tl.constexpr, UPCAST: tl.cons
         if PART % 2 == 1:
             words = words >> 4
         w = ((words & 15) | 0x4300).to(tl.bfloat16, bitcast=True)
-        base: tl.constexpr = 128.0
     elif PART % 2 == 1:
         w = ((words & 0xF0) | 0x6400).to(tl.float16, bitcast=True) * 0.0625
-        base: tl.constexpr = 64.0
     else:
         w = ((words & 15) | 0x6400).to(tl.float16, bitcast=True)
-        base: tl.constexpr = 1024.0
-    return w.to(tl.float32 if UPCAST else dtype) - (base + zero)
+    w = w.to(tl.float32 if UPCAST else dtype)
+    return w - ((128.0 if dtype == tl.bfloat16 else 64.0 if PART % 2 == 1 else 1024.0) + zero)
 
 
 @triton.jit
