@@ -145,6 +145,11 @@ def _products(activation: str, dtype: torch.dtype, arch: int, weights: _Weights)
         )
         if decode:
             yield from _heads(activation, dtype, arch, rows, weights)
+    if not common["GROUP"]:  # the second factor of a correction of small rank
+        tile = weights.tile("linear", 1, 4096, 32, dtype, arch)
+        constants = {**common, "GROUP_M": 8, "MASK_K": False, "NORM": False, "ADD": True, "SPLIT_K": 1}
+        label = "packed_linear int8 narrow m1"
+        yield _tiled(label, packed_linear_kernel, activation, types, constants, tile, sizes, core=False)
     tile = weights.tile("normed", 1, 4096, 4096, dtype, arch)
     masked = {**common, "GROUP_M": 8, "MASK_K": True, "NORM": True, "ADD": False, "SPLIT_K": tile.split_k}
     label = f"packed_linear {weights.name} masked m1"
