@@ -89,7 +89,7 @@ class SPQConfig(BaseModel):
     quantize: bool = Field(True, description="store integers; otherwise floats in the source's dtype")
     bits: Bits = Field(8, description="bits of the matrices of the layers and of an untied head")
     embedding_bits: Bits = Field(8, description="bits of the embedding (and a tied head)")
-    group: int = Field(128, ge=16, multiple_of=2, description="inputs that share a scale at 4 bits")
+    group: int = Field(128, ge=16, multiple_of=16, description="inputs that share a scale at 4 bits")
     symmetric: bool = Field(False, description="4 bits without zero points")
     feedback: bool = Field(False, description="round column by column and pass each error on (GPTQ)")
     correction_rank: int = Field(
