@@ -24,7 +24,8 @@ def running_server(model: Path, *arguments: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "server", "--model", str(model), "--port", str(port), "--threads", "1", "--preset", "none",
+        sys.executable, "-m", "server", "--model", str(model), "--port", str(port), "--threads", "1",
+        "--preset", "none",
         "--device", "cpu", "--dtype", "float32", "--backend", "reference", "--kv-dtype", "float32",
         "--kv-memory", "64MiB", *arguments,
     ]  # fmt: skip
