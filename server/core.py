@@ -78,6 +78,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    max_len: int = 0  # tokens with which it ends at the latest, and the tokens that end it sooner: the scheduler
+    end_ids: frozenset[int] = frozenset()  # sets both once, since it looks at them with every token
 
     @property
     def num_pending_tokens(self) -> int:
@@ -111,6 +113,7 @@ class ScheduledBatch:
     """One step. Decodes of one token each stand before those with guesses, and these before prefill chunks."""
 
     work: tuple[Work, ...]
+    num_decodes: int = 0  # that many pieces at the front run a sequence's newest token, one it generated, and no guess
 
     @property
     def num_tokens(self) -> int:

@@ -81,7 +81,7 @@ class EngineLoop:
     @property
     def num_waiting(self) -> int:
         """Sequences accepted and not yet running."""
-        return len(self.scheduler.waiting) + self._num_unread
+        return len(self.scheduler.queue.waiting) + self._num_unread
 
     def start(self, publish: Callable[[list[StepOutput]], None]) -> None:
         """Start the thread; `publish` is called on it once per step with the step's outputs."""
@@ -205,7 +205,7 @@ class EngineLoop:
             sequence.finish_reason = FinishReason.ERROR
             self.scheduler.blocks.release(sequence)
         self.scheduler.running.clear()
-        self.scheduler.waiting.clear()
+        self.scheduler.queue.waiting.clear()
         self._outputs += [_failure(sequence) for sequence in failed]
         self._flush()
 

@@ -140,7 +140,7 @@ class BlockManager:
                 self._free[page] = None
                 if self._keys[page] is None:
                     self._free.move_to_end(page, last=False)
-        sequence.block_table.clear()
+        sequence.block_table = []  # another list, by which a reader of the old one sees that it is not the same table
 
     def check(self, live: Iterable[Sequence]) -> None:
         """Raises AssertionError unless the books agree with what the live sequences hold."""
