@@ -29,6 +29,8 @@ WARM_STEPS = 20
 class InstantRunner:
     """Draws the same token at once, and counts the time since it was last called: a turn without the model."""
 
+    runs_ahead = False
+
     def __init__(self) -> None:
         self.turns_s: list[float] = []
         self._left_s: float | None = None

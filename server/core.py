@@ -42,6 +42,12 @@ class SamplingParams:
     logprobs: int | None = None  # None = none; k = the sampled token and the k best
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether a step needs what the one before brought to the host: tokens to penalise, or how far scores go."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalised or self.prompt_logprobs is not None
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -67,7 +73,7 @@ class Sequence:
     """One prompt and what was generated after it."""
 
     request_id: str
-    token_ids: list[int]
+    token_ids: list[int]  # the last one may be below 0 while a step runs, see server.scheduler.flight
     num_prompt_tokens: int
     params: SamplingParams
     timings: Timings
@@ -139,7 +145,7 @@ class StepTimes:
 class SampledToken:
     """What the runner brings back for one piece of work that samples, and for each of its guesses."""
 
-    token_id: int
+    token_id: int  # below 0: did not come out at the first try, and another step is launched: run the row again
     logprobs: TokenLogprobs | None = None
 
 

@@ -78,6 +78,11 @@ class HostInputs:
     max_query_len: int = 0
 
     @property
+    def awaits_tokens(self) -> bool:
+        """Whether a token to run is still being drawn by the step before, see `resolve`."""
+        return min(self.token_ids) < 0
+
+    @property
     def is_decode_only(self) -> bool:
         """Whether every row is one token of its own sequence and draws the next one, and nothing else is asked."""
         return len(self.sample_rows) == len(self.token_ids) == self.num_decodes and not self.prompt_rows
@@ -167,6 +172,16 @@ def to_device(host: HostInputs, block_size: int, device: torch.device) -> StepIn
         ),
         sample_rows=samples if subset else None,
     )
+
+
+def resolve(token_ids: Tensor, drawn: Tensor | None) -> None:
+    """Fill in, on the device, what the host does not know yet: in place of -1 - row stands row of `drawn`.
+
+    token_ids int64 [T], changed in place; drawn int64 [R]: the ids of the step launched before, in order.
+    """
+    assert drawn is not None, "a token is awaited of a step that draws none"
+    rows = (-1 - token_ids).clamp_min_(0)
+    token_ids.copy_(torch.where(token_ids < 0, drawn[rows], token_ids))
 
 
 def _prompt_rows(work: Work, first_row: int) -> slice:

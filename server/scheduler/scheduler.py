@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 
 from server.core import FinishReason, SampledToken, ScheduledBatch, Sequence, StepOutput, Work
 from server.scheduler.blocks import BlockManager
+from server.scheduler.flight import Step, StepsInFlight
 from server.scheduler.ngram import NgramDrafter
 from server.scheduler.queue import WaitingQueue
 
@@ -19,7 +20,10 @@ SPEED_MEMORY = 0.05  # weight of the newest finished sequence in the running mea
 
 
 class Scheduler:
-    """`schedule` -> run -> `commit`, with `add` and `abort` between steps."""
+    """`schedule` -> run -> `commit`, with `add` and `end` in between.
+
+    A second `schedule` before the `commit` of the first runs ahead of its tokens; then steps are committed in order.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
         self.drafter = drafter
+        self.flight = StepsInFlight()
         self.queue = WaitingQueue(blocks, max_num_seqs=max_num_seqs, admission_reserve=admission_reserve)
         self.running: dict[Sequence, Work] = {}  # in order of admission; with the work of a decode, for every step
         self.num_preemptions = 0
@@ -60,17 +65,30 @@ class Scheduler:
         yield from self.queue.waiting
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Drop a live sequence and free its pages at once."""
+        """Drop a live sequence and free its pages: at once, or when the steps in flight have landed."""
         if self.running.pop(sequence, None) is None:
             self.queue.leave(sequence)
-        self.blocks.release(sequence)
+        if not self.flight.drop(sequence):
+            self.blocks.release(sequence)
         if self.drafter is not None:
             self.drafter.forget(sequence)
         self.queue.note_room()
         sequence.finish_reason = reason
 
+    def clear(self) -> list[Sequence]:
+        """Forget everything after a step that failed; returns the sequences that were live."""
+        live = list(self.live())
+        for sequence in (*live, *self.flight.leaving()):
+            self.blocks.release(sequence)
+        self.running.clear()
+        self.queue.waiting.clear()
+        self.flight.clear()
+        return live
+
     def schedule(self, now_s: float) -> ScheduledBatch | None:
-        """The next step's work, or None when there is nothing to run."""
+        """The next step's work. None when there is nothing to run, or nothing until the step in flight is committed."""
+        if self.flight and not self._may_run_ahead():
+            return None
         decodes, prefills, preempted = self._schedule_decodes()
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[Work] = []
@@ -80,6 +98,8 @@ class Scheduler:
         if budget and not preempted:
             for admitted in self.queue.admissions(self.running):
                 self.running[admitted] = Work(admitted, 1, samples=True)
+                if admitted.params.needs_host:
+                    self.flight.bound.add(admitted)
                 if admitted.timings.scheduled_s is None:
                     admitted.timings.scheduled_s = now_s
                 budget -= self._add_chunk(chunks, admitted, budget)
@@ -90,18 +110,31 @@ class Scheduler:
             places = max(self.max_num_seqs, 1 + self.drafter.max_tokens) - len(decodes) - len(chunks)
             decodes, guessing = self._add_drafts(self.drafter, decodes, min(budget, places))
         work = (*decodes, *guessing, *chunks)
-        return ScheduledBatch(work, len(decodes)) if work else None
+        return self.flight.depart(ScheduledBatch(work, len(decodes))) if work else None
 
     def commit(self, batch: ScheduledBatch, sampled: SequenceOf[SampledToken], now_s: float) -> list[StepOutput]:
-        """Book what a step computed. `sampled` follows the batch's sampling work and its guesses in order."""
+        """Book what a step computed. `sampled` follows the batch's sampling work and its guesses in order.
+
+        An id below 0, of a step that another one was scheduled behind, has to be drawn again.
+        """
+        step = self.flight.land(batch)
         outputs: list[StepOutput] = []
         drawn = iter(sampled)
         page = self.blocks.block_size
         for work, token in zip(batch.work[: batch.num_decodes], drawn):  # noqa: B905 - the drawn ones go on
             sequence = work.sequence
+            if step.dropped and sequence in step.dropped:
+                continue
             ids, token_id = sequence.token_ids, token.token_id
-            sequence.num_computed_tokens = computed = len(ids)
-            ids.append(token_id)
+            if step.assumed:
+                if token_id < 0:
+                    self.flight.rerun(sequence)
+                    continue
+                computed = len(ids) - 1
+                ids[-1] = token_id
+            else:
+                sequence.num_computed_tokens = computed = len(ids)
+                ids.append(token_id)
             if not computed % page:  # a page became full
                 self.blocks.commit(sequence)
             reason = None
@@ -110,15 +143,24 @@ class Scheduler:
             outputs.append(StepOutput(sequence.request_id, token_id, token.logprobs, reason))
         for work in batch.work[batch.num_decodes :]:
             rows = [next(drawn) for _ in range(work.samples + len(work.draft_ids))]
-            outputs += (
-                self._commit_drafts(work, rows, now_s) if work.draft_ids else self._commit_chunk(work, rows, now_s)
-            )
+            if work.sequence not in step.dropped:
+                book = self._commit_drafts if work.draft_ids else self._commit_chunk
+                outputs += book(work, step, rows, now_s)
+        for sequence in step.leaving():
+            self.blocks.release(sequence)
+            self.queue.note_room()
         return outputs
 
-    def _commit_chunk(self, work: Work, rows: list[SampledToken], now_s: float) -> list[StepOutput]:
+    def _commit_chunk(self, work: Work, step: Step, rows: list[SampledToken], now_s: float) -> list[StepOutput]:
         """Book a piece of a prompt, and the token drawn behind its end."""
         sequence = work.sequence
-        sequence.num_computed_tokens += work.num_tokens
+        if not step.assumed:
+            sequence.num_computed_tokens += work.num_tokens
+        elif rows and rows[0].token_id < 0:
+            self.flight.rerun(sequence)
+            return []
+        elif rows:
+            sequence.token_ids.pop()
         self.blocks.commit(sequence)
         if not rows:
             if sequence.params.max_tokens > 0 or sequence.num_pending_tokens:
@@ -131,8 +173,9 @@ class Scheduler:
         reason = self._finish(sequence, token.token_id, now_s)
         return [StepOutput(sequence.request_id, token.token_id, token.logprobs, reason)]
 
-    def _commit_drafts(self, work: Work, rows: list[SampledToken], now_s: float) -> list[StepOutput]:
+    def _commit_drafts(self, work: Work, step: Step, rows: list[SampledToken], now_s: float) -> list[StepOutput]:
         """Book what was drawn, up to the first guess that was wrong. A right one is computed: its place is filled."""
+        assert not step.assumed, "nothing is scheduled ahead of guesses"
         sequence = work.sequence
         outputs: list[StepOutput] = []
         for token, guess in zip(rows, (*work.draft_ids, None), strict=True):
@@ -149,26 +192,41 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises AssertionError unless every book agrees: pages, queues, counts."""
-        self.blocks.check(self.live())
+        self.blocks.check([*self.live(), *self.flight.leaving()])
+        assert self.flight.bound <= self.running.keys(), "a sequence that does not run keeps others in plain order"
         assert len(self.running) <= self.max_num_seqs
         assert all(not s.block_table and s.num_computed_tokens == 0 for s in self.queue.waiting), (
             "a waiting one holds pages"
         )
         assert all(s.finish_reason is None and s.num_pending_tokens > 0 for s in self.live()), "a dead one is live"
 
+    def _may_run_ahead(self) -> bool:
+        """Whether a step may be scheduled before the one in flight is committed: the one place that says so.
+
+        Not where guesses or a draw need tokens that the host does not know, nor where a sequence would be preempted.
+        """
+        if self.drafter is not None or self.flight.bound:
+            return False
+        self.flight.assume()
+        return self.blocks.suffice(self.running)
+
     def _schedule_decodes(self) -> tuple[list[Work], list[Sequence], bool]:
         """Work of the decoding sequences, the sequences that still prefill, and whether one had to be preempted."""
         decodes: list[Work] = []
         prefills: list[Sequence] = []
         page = self.blocks.block_size
-        preempted = False
+        preempted, ahead = False, bool(self.flight)
         for work in tuple(self.running.values()):
             sequence = work.sequence
             length = len(sequence.token_ids)
             if preempted and sequence not in self.running:
                 continue
-            if length - sequence.num_computed_tokens > 1 or length == sequence.num_prompt_tokens:
-                prefills.append(sequence)
+            pending = length - sequence.num_computed_tokens
+            if pending != 1 or length == sequence.num_prompt_tokens:
+                if pending:  # else the last piece of a prompt to score is in flight
+                    prefills.append(sequence)
+                continue
+            if ahead and length >= sequence.max_len:  # its last token is being drawn
                 continue
             if length > len(sequence.block_table) * page:
                 num_preemptions = self.num_preemptions
@@ -214,7 +272,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Free its pages; it is recomputed, prompt and output, when there is room again."""
+        assert not self.flight, "a step in flight may write to its pages"
         del self.running[sequence]
+        self.flight.bound.discard(sequence)
         self.blocks.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1

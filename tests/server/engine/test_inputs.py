@@ -11,7 +11,7 @@ import torch
 
 from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine import inputs
-from server.engine.transfer import ALIGN, as_tensor, download, pack, upload
+from server.engine.transfer import ALIGN, Download, as_tensor, pack, upload
 
 SIZE = 4
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_packed_columns_come_back_from_one_aligned_buffer() -> None:
         assert torch.equal(view, as_tensor(column))
     for column, view in zip(columns, upload(columns, CPU), strict=True):
         assert torch.equal(view, as_tensor(column))
-    assert [t.tolist() for t in download([matrix, torch.ones(1)])] == [matrix.tolist(), [1.0]]
+    assert [t.tolist() for t in Download([matrix, torch.ones(1)]).wait()] == [matrix.tolist(), [1.0]]
 
 
 @pytest.mark.gpu
@@ -127,5 +127,5 @@ def test_packed_columns_reach_the_device() -> None:
     columns = [array("q", range(1000)), array("i", [7]), array("d", [0.5])]
     sent = upload(columns, device)
     assert all(t.is_cuda for t in sent)
-    for column, back in zip(columns, download(sent), strict=True):
+    for column, back in zip(columns, Download(sent).wait(), strict=True):
         assert torch.equal(back, as_tensor(column))
