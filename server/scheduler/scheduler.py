@@ -120,13 +120,13 @@ class Scheduler:
         step = self.flight.land(batch)
         outputs: list[StepOutput] = []
         drawn = iter(sampled)
-        page = self.blocks.block_size
+        page, assumed, dropped = self.blocks.block_size, step.assumed, step.dropped
         for work, token in zip(batch.work[: batch.num_decodes], drawn):  # noqa: B905 - the drawn ones go on
             sequence = work.sequence
-            if step.dropped and sequence in step.dropped:
+            if dropped and sequence in dropped:
                 continue
             ids, token_id = sequence.token_ids, token.token_id
-            if step.assumed:
+            if assumed:
                 if token_id < 0:
                     self.flight.rerun(sequence)
                     continue
@@ -143,7 +143,7 @@ class Scheduler:
             outputs.append(StepOutput(sequence.request_id, token_id, token.logprobs, reason))
         for work in batch.work[batch.num_decodes :]:
             rows = [next(drawn) for _ in range(work.samples + len(work.draft_ids))]
-            if work.sequence not in step.dropped:
+            if work.sequence not in dropped:
                 book = self._commit_drafts if work.draft_ids else self._commit_chunk
                 outputs += book(work, step, rows, now_s)
         for sequence in step.leaving():
