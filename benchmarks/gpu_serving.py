@@ -160,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="keep what --json has, run what is missing or failed")
     parser.add_argument("--kernels", type=Path, help="JSON of kernels.gpu_check, for the bar of the int8 products")
     parser.add_argument("--parts", default="", help="only parts with one of these texts in their name")
-    parser.add_argument("--cache-dir", type=Path, help="for one model at a time, up to 16 GB twice (default: /tmp)")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="for one model at a time, up to 17 GB (default: that of tempfile)"
+    )
     parser.add_argument("--levels", default="1,8,32,64", help="streams at once (default: 1,8,32,64)")
     parser.add_argument("--prompt-tokens", type=int, default=768, help="per prompt (default: 768)")
     parser.add_argument("--new-tokens", type=int, default=256, help="per answer (default: 256)")
