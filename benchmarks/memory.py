@@ -1,9 +1,9 @@
 """`python -m benchmarks.memory FOLDER`: where the memory of a server goes, and how long each part of its start takes.
 
 The start-up of `server.cli` and `server.startup` in this process and in its order, in a thread as there, then prompts
-through the engine; no HTTP. Per phase: seconds, resident memory behind it, the highest within it (the kernel's own mark,
-set back at each phase; the engine sets it back once more, before its largest step), and how resident memory is made up:
-private pages, and pages of files (libraries), which the kernel could take back. The last line is JSON.
+through the engine; no HTTP. Per phase: seconds, resident memory behind it, the highest within it (the kernel's own
+mark, set back at each phase; the engine sets it back once more, before its largest step), and how resident memory is
+made up: private pages, and pages of files (libraries), which the kernel could take back. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ async def measure(options: dict[str, Any], arguments: argparse.Namespace) -> lis
         if phase == "loading" and done in (0.0, 1.0):
             phases.end("weights" if done else "tokenizer, configuration")
 
-    engine, tokenizer = await asyncio.to_thread(start_up, ServerConfig(**options), report, on_step=lambda *times: None)
+    engine, _tokenizer = await asyncio.to_thread(start_up, ServerConfig(**options), report, on_step=lambda *times: None)
     phases.end("largest step, KV cache")
     engine.start(asyncio.get_running_loop())
     for streams in map(int, arguments.streams.split(",")):
