@@ -20,6 +20,7 @@ from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
+from server.engine.release import release_freed, release_libraries
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
 from server.model.facts import compression_facts
@@ -65,7 +66,15 @@ def build_engine(
         )
     wanted_len = config.max_model_len or spec.max_positions
     progress("loading", 0.0)
-    model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total))
+    if device.type == "cpu":
+        release_libraries()
+
+    def loaded(done: int, total: int) -> None:
+        if device.type == "cpu":
+            release_freed()
+        progress("loading", done / total)
+
+    model, used = load_model(source, ops, wanted_len, loaded)
     manifest = source.manifest
     source.close()
     before = read_memory(device)
@@ -86,6 +95,9 @@ def build_engine(
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
     if config.threads is None and device.type == "cpu":
         pick_threads(model, threads, config.block_size, kv_dtype)
+    if device.type == "cpu":
+        release_freed()
+        release_libraries()
     after = read_memory(device)
     # given back, and needed again by a step and by recording; a CPU's allocator may still hold it
     held = after.process + workspace + graph_bytes

@@ -52,6 +52,7 @@ def load_model(
 
     table = source.embedding()
     embedding = count(ops.prepare_embedding(table, tied_head=spec.tied), table)
+    del table  # as large as the packed one, and would stay to the end
     layers = []
     for i in range(spec.num_layers):
         prefix = spec.layer_prefix(i)
