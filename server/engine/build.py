@@ -21,6 +21,7 @@ from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
+from server.engine.release import release_freed, release_libraries
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
@@ -69,6 +70,8 @@ def build_engine(
         )
     wanted_len = config.max_model_len or spec.max_positions
     progress("loading", 0.0)
+    if device.type == "cpu":
+        release_libraries()
     coded = pick_resident(config, ops, threads)
     with mapped_blocks():
         model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total), coded)
@@ -95,6 +98,9 @@ def build_engine(
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
     if config.threads is None and device.type == "cpu" and coded is None:  # decoding gains from every core
         pick_threads(model, threads, config.block_size, kv_dtype)
+    if device.type == "cpu":
+        release_freed()
+        release_libraries()
     after = read_memory(device)
     # given back, and needed again by a step and by recording; a CPU's allocator may still hold it
     held = after.process + workspace + graph_bytes
