@@ -26,8 +26,8 @@ from kernels.ops import AttentionBatch, LayerKv
 from server.engine.kv_cache import allocate
 from server.model.coded import CodedLayers
 from server.model.llama import Llama
-from server.sizes import format_bytes
 from spq.errors import OptionError
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
