@@ -33,6 +33,11 @@ def render_page(rows: Sequence[Row], views: Sequence[View], title: str) -> str:
     }
     embedded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     safe_title = html.escape(title)
+    note = (
+        "TCr and MCr: theoretical and measured compression rate. " if any(row.tcr is not None for row in rows) else ""
+    )
+    if any(row.composite is not None for row in rows):
+        note += f"{COMPOSITE_NAME}: {COMPOSITE_FORMULA}."
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -50,14 +55,13 @@ def render_page(rows: Sequence[Row], views: Sequence[View], title: str) -> str:
 <div class="chart" id="chart" role="img" aria-describedby="alternative"></div>
 <div class="detail" id="detail" aria-live="polite"></div>
 <p class="legend"><span><span class="key front"></span>on the front: nothing smaller is as good</span>
-<span><span class="key rest"></span>another is at least as small and better</span></p>
+<span><span class="key rest"></span>another is at least as small and better (▲: off the scale)</span></p>
 <noscript><p>The chart needs JavaScript; the table below has the same numbers.</p></noscript>
 </section>
 <section class="card">
 <h2 id="alternative">All models, smallest first</h2>
 <div class="scroll">{_table(rows, views)}</div>
-<p class="note">Bytes are those of the weight files. TCr and MCr: theoretical and measured compression rate.
-{html.escape(COMPOSITE_NAME)}: {html.escape(COMPOSITE_FORMULA)}.</p>
+<p class="note">Bytes are those of the weight files. {html.escape(note)}</p>
 </section>
 </main>
 <script type="application/json" id="data">{embedded}</script>

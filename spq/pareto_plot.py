@@ -26,12 +26,18 @@ def write_png(rows: Sequence[Row], view: View, title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    rest = [point for point in view.points if not point.on_front]
-    axes.scatter([p.nbytes / MIB for p in rest], [p.loss for p in rest], s=22, color=REST, label="another is better")
     sizes, losses = [p.nbytes / MIB for p in view.front], [p.loss for p in view.front]
+    limit = max(losses) + 0.75 * max(max(losses) - min(losses), 0.05 * abs(max(losses)))  # as on the page
+    rest = [p for p in view.points if not p.on_front and p.loss <= limit]
+    far = [p for p in view.points if p.loss > limit]
+    axes.scatter([p.nbytes / MIB for p in rest], [p.loss for p in rest], s=22, color=REST, label="another is better")
+    if far:
+        axes.scatter(
+            [p.nbytes / MIB for p in far], [limit] * len(far), s=30, marker="^", color=REST, label="off the scale"
+        )
     axes.step(sizes, losses, where="post", color=FRONT, linewidth=1.2, alpha=0.6)
     axes.scatter(sizes, losses, s=36, color=FRONT, zorder=3, label="front")
-    for values, axis in (([p.nbytes for p in view.points], "x"), ([p.loss for p in view.points], "y")):
+    for values, axis in (([p.nbytes for p in view.points], "x"), ([min(p.loss, limit) for p in view.points], "y")):
         if min(values) > 0 and max(values) / min(values) > WIDE_RANGE:
             (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
             (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(ScalarFormatter())

@@ -25,9 +25,9 @@ h2 { font-size: 1.05rem; margin: 0 0 .75rem; }
   stroke-linejoin: round; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .steps { fill: none; stroke: var(--front); stroke-width: 2; opacity: .45; }
-circle { fill: var(--rest); stroke: var(--card); stroke-width: 2; }
-circle.on { fill: var(--front); }
-circle.now { stroke: var(--ink); }
+.dot { fill: var(--rest); stroke: var(--card); stroke-width: 2; }
+.dot.on { fill: var(--front); }
+.dot.now { stroke: var(--ink); }
 .detail { min-height: 3.6rem; padding: .5rem .75rem; margin-top: .5rem; border-radius: 8px; background: var(--wash);
   font-size: .88rem; overflow-wrap: anywhere; }
 .detail b { margin-right: .6rem; }
@@ -57,7 +57,7 @@ SCRIPT = """
 const data = JSON.parse(document.getElementById('data').textContent);
 const chart = document.getElementById('chart'), detail = document.getElementById('detail');
 const texts = [...new Set(data.views.map(v => v.text))];
-let view = data.views[0], current = null, spots = [];
+let view = data.views[0], current = null, spots = [], near = true;
 const escape = s => String(s).replace(/[&<>"']/g, c => '&#' + c.charCodeAt(0) + ';');
 const short = v => Math.abs(v) >= 1000 ? Math.round(v).toLocaleString('en') : String(Number(v.toPrecision(3)));
 const precise = v => Number(v.toPrecision(5)).toLocaleString('en', {maximumSignificantDigits: 5});
@@ -81,10 +81,19 @@ function scale(values, from, to, pad) {            // linear, or logarithmic whe
   return {place, log, ticks: ticks.filter(t => f(t) >= a - 1e-9 && f(t) <= b + 1e-9)};
 }
 
+function ceiling() {                               // losses far above the front, e.g. of broken models, hide the rest
+  const front = view.points.filter(p => p[3]).map(p => p[2]), worst = Math.max(...front), best = Math.min(...front);
+  const limit = worst + Math.max(worst - best, Math.abs(worst) * .05) * .75;
+  return view.points.some(p => p[2] > limit) ? limit : null;
+}
+
 function draw() {
   const W = chart.clientWidth, H = chart.clientHeight, L = 52, R = 14, T = 26, B = 42, narrow = W < 520;
-  const x = scale(view.points.map(p => p[1]), L, W - R, .05), y = scale(view.points.map(p => p[2]), H - B, T, .07);
-  spots = view.points.map(p => ({row: p[0], x: x.place(p[1]), y: y.place(p[2]), size: p[1], loss: p[2], on: p[3]}));
+  const x = scale(view.points.map(p => p[1]), L, W - R, .05), limit = near ? ceiling() : null;
+  const cut = loss => limit === null ? loss : Math.min(loss, limit);
+  const y = scale(view.points.map(p => cut(p[2])), H - B, T, .07);
+  spots = view.points.map(p => ({row: p[0], x: x.place(p[1]), y: y.place(cut(p[2])), size: p[1], loss: p[2], on: p[3],
+    off: p[2] > cut(p[2])}));
   let out = '';
   for (const t of y.ticks) out += `<line class="grid" x1="${L}" x2="${W - R}" y1="${y.place(t)}" y2="${y.place(t)}"/>` +
     `<text x="${L - 8}" y="${y.place(t) + 4}" text-anchor="end">${short(t)}</text>`;
@@ -101,7 +110,8 @@ function draw() {
     e.querySelector('.mark').hidden = !marked.has(Number(e.dataset.row));
   out += `<path class="steps" d="${front.map((s, i) => i ? `H${s.x}V${s.y}` : `M${s.x} ${s.y}`).join('')}"/>`;
   for (const s of [...spots].sort((a, b) => a.on - b.on))
-    out += `<circle data-row="${s.row}" class="${s.on ? 'on' : ''}" cx="${s.x}" cy="${s.y}" r="${s.on ? 6.5 : 5}"/>`;
+    out += s.off ? `<path class="dot" data-row="${s.row}" d="M${s.x - 7} ${s.y + 5}h14l-7 -12z"/>` :
+      `<circle class="dot ${s.on ? 'on' : ''}" data-row="${s.row}" cx="${s.x}" cy="${s.y}" r="${s.on ? 6.5 : 5}"/>`;
   const taken = spots.map(s => [s.x - 7, s.y - 7, s.x + 7, s.y + 7]);
   for (const s of front) {                          // names where they touch nothing; the rest is a hover away
     const name = data.rows[s.row].name.split('/').pop(), w = name.length * 6.9 + 6;
@@ -123,7 +133,7 @@ function draw() {
 
 function show(row) {
   current = row;
-  for (const e of document.querySelectorAll('circle, tr[data-row]'))
+  for (const e of document.querySelectorAll('.dot, tr[data-row]'))
     e.classList.toggle('now', Number(e.dataset.row) === row);
   const spot = spots.find(s => s.row === row);
   if (!spot) return;
@@ -142,19 +152,21 @@ function nearest(event) {
 function buttons() {
   const box = document.getElementById('controls');
   box.innerHTML = '';
-  const add = (label, chosen, next) => {
+  const gap = () => box.append(document.createElement('i'));
+  const add = (label, chosen, next, zoom = near) => {
     const button = document.createElement('button');
     button.textContent = label;
     button.setAttribute('aria-pressed', chosen);
-    button.onclick = () => { view = next; buttons(); draw(); };
+    button.onclick = () => { view = next; near = zoom; buttons(); draw(); };
     box.append(button);
   };
   const pick = (text, loss) => data.views.find(v => v.text === text && v.loss === loss) ||
     data.views.find(v => v.text === text);
   if (texts.length > 1) for (const t of texts) add(t, t === view.text, pick(t, view.loss));
-  if (texts.length > 1) box.append(document.createElement('i'));
+  if (texts.length > 1) gap();
   const losses = data.views.filter(v => v.text === view.text);
   if (losses.length > 1) for (const v of losses) add(v.loss, v === view, v);
+  if (ceiling() !== null) { gap(); add('near the front', near, view, !near); }
 }
 
 chart.addEventListener('pointermove', nearest);
