@@ -43,6 +43,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 THIRD_PARTY: dict[str, frozenset[str]] = {
     "kernels": frozenset({"torch", "triton"}),
     "spq": frozenset({"torch", "safetensors", "pydantic", "transformers", "huggingface_hub", "tqdm", "zstandard"}),
+    "spq.tasks": frozenset({"transformers", "lm_eval", "datasets"}),
+    "spq.pareto_plot": frozenset({"matplotlib"}),
     "server.core": frozenset(),
     "server.errors": frozenset(),
     "server.config": frozenset({"pydantic"}),
