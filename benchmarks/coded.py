@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from server.sizes import format_bytes, parse_bytes
 from transformers import LlamaConfig
 
 from benchmarks.step import BLOCK_SIZE, make_sequences, step
@@ -32,7 +33,6 @@ from server.engine.runner import ModelRunner
 from server.model.allocator import mapped_blocks
 from server.model.coded import CodedLayers
 from server.model.load import load_model
-from server.sizes import format_bytes, parse_bytes
 from spq.architecture import read_spec
 from spq.checkpoint import open_model
 from spq.config import SPQConfig

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from server.app import create_app
 from server.config import ServerConfig
 from server.service import Service
-from server.sizes import parse_bytes
+from spq.sizes import parse_bytes
 
 CONNECTIONS_END_S = 5  # after the drain: time for sockets to close
 ECHO_S = 1.0  # a signal this soon after the first is the same one, sent to the whole process group

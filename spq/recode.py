@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spq.checkpoint import Checkpoint, open_model, read_config
-from spq.compress import MAX_SHARD_BYTES, refuse_existing
 from spq.entropy import MIN_SAVING, encode
 from spq.errors import OutputError, SpqError, UnsupportedModelError
 from spq.layout import model_vectors, module_has_bias
 from spq.manifest import REPORT_NAME, Codec, ModulePlan
+from spq.output import MAX_SHARD_BYTES, refuse_existing
 from spq.report import read_report
 from spq.writer import TensorWriter, copy_companions
 

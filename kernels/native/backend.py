@@ -17,8 +17,8 @@ from kernels.cpu import check_gate_up, rms_norm
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_linear import FloatMatrix, Joint, Matrix, join
 from kernels.layers import Layer, run_one_by_one
-from kernels.native.int4 import pack_int4
-from kernels.native.int8 import pack_int8
+from kernels.native.int4 import int4_matrix
+from kernels.native.int8 import int8_matrix
 from kernels.native.library import WIDEST_HEAD, CHeads, CQueries, Pool, c_cache, machine_choice
 from kernels.native.matrix import PackedMatrix
 from kernels.native.program import Program, fits, matrices
@@ -79,9 +79,9 @@ class NativeOps:
         check_gate_up(gate, up)
         if gate.bias is None and up.bias is None:
             if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight):
-                return pack_int8([gate, up], self._pool, alternate=True)
+                return int8_matrix([gate, up], self._pool, alternate=True)
             if isinstance(gate, Int4Weight) and isinstance(up, Int4Weight) and gate.group == up.group:
-                return pack_int4([gate, up], self._pool, alternate=True)
+                return int4_matrix([gate, up], self._pool, alternate=True)
         return join([gate, up], self._lay_out)
 
     def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Rows:
@@ -194,10 +194,10 @@ class NativeOps:
     def _lay_out(self, leaves: list[Leaf]) -> PackedMatrix | FloatMatrix:
         quantized = [leaf for leaf in leaves if isinstance(leaf, Int8Weight)]
         if quantized:
-            return pack_int8(quantized, self._pool)
+            return int8_matrix(quantized, self._pool)
         halves = [leaf for leaf in leaves if isinstance(leaf, Int4Weight)]
         if halves:
-            return pack_int4(halves, self._pool)
+            return int4_matrix(halves, self._pool)
         self._floats = True
         floats = [leaf.weight.float() for leaf in leaves if isinstance(leaf, DenseWeight)]
         return FloatMatrix(floats[0].contiguous() if len(floats) == 1 else torch.cat(floats))

@@ -24,15 +24,8 @@ INLINE __m256i zeros8(const Matrix *m, int64_t at) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(m->zero + at)));
 }
 
-/* values += scale * (sum - zero * total) for 8 outputs of one group. */
-INLINE void add_group(float *values, __m256i sum, __m256i zero, __m256 scale, __m256i total) {
-    __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_mullo_epi32(zero, total)));
-    _mm256_storeu_ps(values, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(values)));
-}
-
-/* One group of one block for `rows` rows: x at its first input, `totals` its sums of x, `at` where its scales are. */
-INLINE void group_tile(const Matrix *m, const int16_t *x, int64_t stride, const int32_t *totals, int64_t total_stride,
-                       const uint8_t *w, int64_t quads, int64_t at, float *values, const int rows) {
+/* Sums of `rows` rows over `quads` quads of one group of one block. */
+INLINE void tile(const int16_t *x, int64_t stride, const uint8_t *w, int64_t quads, int32_t *sums, const int rows) {
 #ifdef __AVX512VNNI__
     const __m512i low = _mm512_set1_epi16(15);
     __m512i s[STRIP];
@@ -48,14 +41,7 @@ INLINE void group_tile(const Matrix *m, const int16_t *x, int64_t stride, const 
             s[r] = _mm512_dpwssd_epi32(s[r], second, _mm512_set1_epi32(pair[1]));
         }
     }
-    for (int half = 0; half < 2; half++) {
-        __m256i zero = zeros8(m, at + 8 * half);
-        __m256 scale = load8(m->scale, at + 8 * half, m->scale_kind);
-        for (int r = 0; r < rows; r++)
-            add_group(values + r * BLOCK + 8 * half,
-                      half ? _mm512_extracti64x4_epi64(s[r], 1) : _mm512_castsi512_si256(s[r]), zero, scale,
-                      _mm256_set1_epi32(totals[r * total_stride]));
-    }
+    for (int r = 0; r < rows; r++) _mm512_storeu_si512(sums + r * BLOCK, s[r]);
 #else /* named sums, because gcc 12 spills an array of them */
     const __m256i low = _mm256_set1_epi16(15);
     __m256i s00, s01, s10, s11, s20, s21, s30, s31, s40, s41, s50, s51;
@@ -76,42 +62,55 @@ INLINE void group_tile(const Matrix *m, const int16_t *x, int64_t stride, const 
         ROW(0, 2) ROW(1, 2) ROW(2, 2) ROW(3, 2) ROW(4, 2) ROW(5, 2)
 #undef ROW
     }
-    __m256i zero0 = zeros8(m, at), zero1 = zeros8(m, at + 8);
-    __m256 scale0 = load8(m->scale, at, m->scale_kind), scale1 = load8(m->scale, at + 8, m->scale_kind);
 #define ROW(r)                                                            \
     if (rows > r) {                                                       \
-        __m256i total = _mm256_set1_epi32(totals[r * total_stride]);      \
-        add_group(values + r * BLOCK, s##r##0, zero0, scale0, total);     \
-        add_group(values + r * BLOCK + 8, s##r##1, zero1, scale1, total); \
+        _mm256_storeu_si256((__m256i *)(sums + r * BLOCK), s##r##0);      \
+        _mm256_storeu_si256((__m256i *)(sums + r * BLOCK + 8), s##r##1);  \
     }
     ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5)
 #undef ROW
 #endif
 }
 
-INLINE void block_rows(const Matrix *m, const Rows *x, int64_t block, int64_t row, float *values, const int rows) {
+/* Not inlined, as in int8.c. */
+__attribute__((noinline)) static void tile_of(const int16_t *x, int64_t stride, const uint8_t *w, int64_t quads, int32_t *sums,
+                                              int rows) {
+    switch (rows) {
+#define CASE(n) case n: tile(x, stride, w, quads, sums, n); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if STRIP > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+    }
+}
+
+void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values) {
+    int32_t sums[STRIP * BLOCK];
     int64_t groups = groups_of(m);
     const int16_t *integers = x->integers + row * x->stride;
     const uint8_t *w = (const uint8_t *)m->packed + block * block_bytes(m);
     memset(values, 0, rows * BLOCK * sizeof(float));
     for (int64_t g = 0; g < groups; g++) {
         int64_t begin = g * m->group, quads = quads_of(least(m->group, m->inputs - begin));
-        group_tile(m, integers + begin, x->stride, x->sums + row * groups + g, groups, w, quads,
-                   (block * groups + g) * BLOCK, values, rows);
+        tile_of(integers + begin, x->stride, w, quads, sums, rows);
         w += quads * QUAD;
+        for (int half = 0; half < BLOCK; half += 8) {
+            int64_t at = (block * groups + g) * BLOCK + half;
+            __m256i zero = zeros8(m, at);
+            __m256 scale = load8(m->scale, at, m->scale_kind);
+            for (int r = 0; r < rows; r++) {
+                __m256i total = _mm256_set1_epi32(x->sums[(row + r) * groups + g]);
+                __m256i sum = _mm256_loadu_si256((const __m256i *)(sums + r * BLOCK + half));
+                __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_mullo_epi32(zero, total)));
+                float *y = values + r * BLOCK + half;
+                _mm256_storeu_ps(y, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(y)));
+            }
+        }
     }
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < BLOCK; i++) values[r * BLOCK + i] *= x->step[row + r];
-}
-
-void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *values) {
-    switch (rows) {
-#define CASE(n) case n: block_rows(m, x, block, row, values, n); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if STRIP > 6
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#undef CASE
+    for (int r = 0; r < rows; r++) {
+        float step = x->step[row + r];
+        for (int i = 0; i < BLOCK; i++) values[r * BLOCK + i] *= step;
     }
 }
 

@@ -27,7 +27,7 @@ SYMMETRIC_ZERO = 8
 ROUNDING = 2.0**-20
 
 
-def pack_int4(parts: Sequence[Int4Weight], pool: Pool, *, alternate: bool = False) -> PackedMatrix:
+def int4_matrix(parts: Sequence[Int4Weight], pool: Pool, *, alternate: bool = False) -> PackedMatrix:
     """The parts stacked, or with `alternate` gate and up of one shape in alternate blocks. Their tensors are copied.
 
     Raises ValueError where their groups differ. Scales stay float16 where all are; zero points are kept where any has

@@ -50,7 +50,10 @@ INLINE void tile(const int16_t *x, int64_t stride, const int8_t *w, int64_t pair
 #endif
 }
 
-static void tile_of(const int16_t *x, int64_t stride, const int8_t *w, int64_t pairs, int32_t *sums, int rows) {
+/* Not inlined: in a larger function gcc 12 keeps fewer sums in registers, and 16 rows x 4096 x 4096 take 1.26 times as
+ * long (Zen 3, one thread: 6.8 against 5.4 ms). */
+__attribute__((noinline)) static void tile_of(const int16_t *x, int64_t stride, const int8_t *w, int64_t pairs, int32_t *sums,
+                                              int rows) {
     switch (rows) {
 #define CASE(n) case n: tile(x, stride, w, pairs, sums, n); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -60,7 +63,7 @@ static void tile_of(const int16_t *x, int64_t stride, const int8_t *w, int64_t p
     }
 }
 
-void int8_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *values) {
+void int8_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values) {
     int32_t sums[STRIP * BLOCK];
     int64_t inputs = round_up(m->inputs, 2);
     const int8_t *w = (const int8_t *)m->packed + block * inputs * BLOCK;
@@ -74,8 +77,10 @@ void int8_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int 
             }
     }
     const float *scale = (const float *)m->scale + block * BLOCK;
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < BLOCK; i++) values[r * BLOCK + i] *= x->step[row + r] * scale[i];
+    for (int r = 0; r < rows; r++) {
+        float step = x->step[row + r];
+        for (int i = 0; i < BLOCK; i++) values[r * BLOCK + i] *= step * scale[i];
+    }
 }
 
 void int8_row(const Matrix *m, int64_t row, float *out) {

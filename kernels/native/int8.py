@@ -25,7 +25,7 @@ WANTED_LEVELS = 16384  # sums are cut into segments until activations keep at le
 ROUNDING = 2.0**-20
 
 
-def pack_int8(parts: Sequence[Int8Weight], pool: Pool, *, alternate: bool = False) -> PackedMatrix:
+def int8_matrix(parts: Sequence[Int8Weight], pool: Pool, *, alternate: bool = False) -> PackedMatrix:
     """The parts stacked, or with `alternate` gate and up of one shape in alternate blocks. Their tensors are copied."""
     inputs, outputs = parts[0].shape[1], sum(part.shape[0] for part in parts)
     even = inputs + inputs % 2

@@ -126,8 +126,8 @@ typedef struct {
 #endif
 
 /* Values float32 [rows, BLOCK] of one block of outputs for `rows` (at most STRIP) rows of x from `row` on. */
-void int8_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *values);
-void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *values);
+void int8_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values);
+void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values);
 /* A row of the matrix as it was before packing, scaled: out float32 [inputs]. */
 void int8_row(const Matrix *m, int64_t row, float *out);
 void int4_row(const Matrix *m, int64_t row, float *out);

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.native.int4 import int4_bound, pack_int4
-from kernels.native.int8 import int8_bound, pack_int8
+from kernels.native.int4 import int4_bound, int4_matrix
+from kernels.native.int8 import int8_bound, int8_matrix
 from kernels.native.library import Library, Pool
 from kernels.native.matrix import PackedMatrix
-from kernels.weights import Int4Weight, Int8Weight
-from kernels.weights import pack_int4 as halves
+from kernels.weights import Int4Weight, Int8Weight, pack_int4
 
 # rows, inputs, outputs, inputs of one int4 scale
 SHAPES = ((1, 1, 1, 2), (1, 130, 17, 32), (2, 1000, 9, 128), (7, 517, 50, 30), (13, 64, 65, 64), (200, 600, 31, 128))
@@ -52,7 +51,7 @@ def _cases(outputs: int, inputs: int, group: int, pool: Pool, generator: torch.G
     for q in (integers(-127, 127, outputs, inputs).to(torch.int8), extreme):
         eight = Int8Weight(q, scale)
         exact = q.double() * scale.double()[:, None]
-        yield pack_int8([eight], pool), exact, lambda x, w=eight: int8_bound(x, w)  # type: ignore[misc]
+        yield int8_matrix([eight], pool), exact, lambda x, w=eight: int8_bound(x, w)  # type: ignore[misc]
     groups = -(-inputs // group)
     scales = (torch.rand(outputs, groups, generator=generator) + 0.5).half()
     largest, zero = torch.full((outputs, inputs), 15), torch.zeros(outputs, groups, dtype=torch.uint8)
@@ -62,5 +61,5 @@ def _cases(outputs: int, inputs: int, group: int, pool: Pool, generator: torch.G
         (integers(0, 15, outputs, inputs), integers(0, 15, outputs, groups).to(torch.uint8)),
         (largest, zero),
     ):
-        four = Int4Weight(halves(values.to(torch.uint8)), scales, zeros, group, inputs)
-        yield pack_int4([four], pool), four.dequantize().double(), lambda x, w=four: int4_bound(x, w)  # type: ignore[misc]
+        four = Int4Weight(pack_int4(values.to(torch.uint8)), scales, zeros, group, inputs)
+        yield int4_matrix([four], pool), four.dequantize().double(), lambda x, w=four: int4_bound(x, w)  # type: ignore[misc]

@@ -31,9 +31,9 @@ from server.model.load import WeightBytes, load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
-from server.sizes import format_bytes
 from spq.checkpoint import open_model
 from spq.errors import OptionError
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 
 from server.config import ServerConfig
-from server.sizes import format_bytes
 from spq.cache import packed_path
 from spq.calibrate import bundled_calibration, read_text, text_hash
 from spq.checkpoint import open_model
@@ -24,6 +23,7 @@ from spq.config import SPQConfig
 from spq.errors import OutputError, SpqError
 from spq.hub import find_model
 from spq.progress import Progress
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def prepare_folder(config: ServerConfig, device: torch.device, report: Report) -
         return folder
     options = SPQConfig.preset(config.preset)
     text = ""
-    if options.uses_pruning:
+    if options.uses_text:
         text = read_text(bundled_calibration() if config.calibration is None else Path(config.calibration))
     target = packed_path(config.cache_dir.expanduser(), folder, options, text_hash(text))
     if _usable(target):
