@@ -26,8 +26,8 @@ from kernels.ops import AttentionBatch, LayerKv
 from server.engine.kv_cache import allocate
 from server.model.coded import CodedLayers
 from server.model.llama import Llama
-from server.sizes import format_bytes
 from spq.errors import OptionError
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,11 @@ def settle(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype, tolerance: 
         rates.run_coded / 1e9,
         100 * rates.overlap,
     )
+    if not found.coded:
+        logger.warning(
+            "no layer stays coded: that would cost more than --resident-tolerance %g of the speed, or save nothing",
+            tolerance,
+        )
     return found
 
 
