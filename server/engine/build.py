@@ -96,7 +96,8 @@ def build_engine(
 
     workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
-    if config.threads is None and device.type == "cpu" and coded is None:  # decoding gains from every core
+    decodes = coded is not None and bool(coded.coded)  # which gains from every core
+    if config.threads is None and device.type == "cpu" and not decodes:
         pick_threads(model, threads, config.block_size, kv_dtype)
     after = read_memory(device)
     # given back, and needed again by a step and by recording; a CPU's allocator may still hold it
