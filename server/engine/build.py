@@ -75,7 +75,7 @@ def build_engine(
     coded = pick_resident(config, ops, threads)
     with mapped_blocks():
         model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total), coded)
-        manifest = source.manifest
+        facts = compression_facts(source)
         source.close()
         ops.use_threads(threads)
         kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
@@ -84,9 +84,12 @@ def build_engine(
             used.leave_coded(coded)
     before = read_memory(device)
     if config.memory_budget is not None and before.process > config.memory_budget:
+        fewer = (
+            "" if device.type == "cuda" else " (--resident coded --resident-tolerance 1 holds layers in fewer bytes)"
+        )
         raise MemoryBudgetError(
             f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
-            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
+            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache{fewer}"
         )
     recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
@@ -96,7 +99,8 @@ def build_engine(
 
     workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
-    if config.threads is None and device.type == "cpu" and coded is None:  # decoding gains from every core
+    decodes = coded is not None and bool(coded.coded)  # which gains from every core
+    if config.threads is None and device.type == "cpu" and not decodes:
         pick_threads(model, threads, config.block_size, kv_dtype)
     if device.type == "cpu":
         release_freed()
@@ -158,7 +162,7 @@ def build_engine(
         device=device_name(device),
         backend=ops.name,
         ledger=ledger,
-        compression=compression_facts(spec, manifest),
+        compression=facts,
     )
     return Engine(loop, info, max_queue=config.max_queue)
 
