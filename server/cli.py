@@ -72,7 +72,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option(
             "preset",
             "how to compress a model that is not packed; none serves it as it is",
-            choices=("default", "paper", "int8", "none"),
+            choices=("default", "paper", "int8", "int4", "none"),
+        ),
+        Option(
+            "weight-budget",
+            "bytes its weights may take, e.g. 4GiB: rank, width and bits are chosen by matrix, in place of a preset",
+            parse_bytes,
         ),
         Option("calibration", "text file to calibrate on (default: the bundled sample)"),
         Option("cache-dir", "where compressed models are kept"),

@@ -19,7 +19,8 @@ class ServerConfig(BaseModel):
     model: str  # packed folder, Hugging Face folder, or hub id
     revision: str | None = None
     served_model_names: tuple[str, ...] = ()  # empty: the folder's name
-    preset: Literal["default", "paper", "int8", "none"] = "default"  # compression where the model is not packed
+    preset: Literal["default", "paper", "int8", "int4", "none"] = "default"  # where the model is not packed
+    weight_budget: int | None = Field(None, gt=0)  # bytes of the packed model, by the allocator
     calibration: str | None = None  # text file; None = the bundled sample
     cache_dir: Path = Path("~/.cache/spq-serve")
     chat_template: Path | None = None
@@ -69,6 +70,12 @@ class ServerConfig(BaseModel):
                 f"--max-batch-tokens {self.max_batch_tokens} must exceed --max-num-seqs {self.max_num_seqs}, or full "
                 "batches would leave no room for prompts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_compress(self) -> Self:
+        if self.weight_budget is not None and "preset" in self.model_fields_set:
+            raise ValueError(f"--weight-budget takes the place of --preset {self.preset}; leave one of them out")
         return self
 
     @model_validator(mode="after")
