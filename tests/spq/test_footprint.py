@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from spq.checkpoint import open_model
 from spq.compress import compress
 from spq.config import SPQConfig
 from spq.footprint import Footprint, measure_footprint
+from spq.layout import model_linears, model_vectors
+from spq.manifest import CorrectionPlan, Manifest, ModulePlan
 
 
 def _footprint(stored: int, total: int, bits: int) -> Footprint:
@@ -62,3 +67,31 @@ def test_a_packed_folder_pays_for_what_it_stores(make_model: Callable[..., Path]
     assert found.resident_bytes == sum(t.nbytes for t in tensors.values())
     assert (found.num_weights, found.fp16_bytes) == (plain.num_weights, 2 * plain.num_parameters)
     assert found.file_bytes == (out / "model.safetensors").stat().st_size
+
+
+def test_four_bits_with_corrections_and_pairs(make_model: Callable[..., Path]) -> None:
+    folder = make_model(tied=True)
+    checkpoint = open_model(folder)
+    spec = checkpoint.spec
+    checkpoint.close()
+    plans: dict[str, ModulePlan] = {}
+    for name, shape in model_linears(spec).items():
+        plans[name] = ModulePlan(kind="int4", shape=shape, group=16, symmetric=False)
+    head, pair = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
+    plans[head] = plans[head].model_copy(update={"correction": CorrectionPlan(rank=3)})
+    plans[pair] = ModulePlan(kind="low_rank", shape=plans[pair].shape, rank=5, factors="int4", group=8)
+    manifest = Manifest(options=SPQConfig.preset("default"), mlp_widths=(spec.intermediate_size,) * 3, modules=plans)
+    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in model_vectors(spec).items()}
+    kinds = {"int8": torch.int8, "uint8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
+    for name, plan in plans.items():
+        for tensor, (shape, dtype) in plan.tensors(name, False).items():
+            tensors[tensor] = torch.zeros(shape, dtype=kinds[dtype])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": manifest.dump()}))
+    found = measure_footprint(folder)
+    int4 = sum(prod(plan.shape) for name, plan in plans.items() if name != pair) + 5 * sum(plans[pair].shape)
+    int8 = 3 * sum(plans[head].shape)
+    assert (found.stored_weights, found.payload_bits) == (int4 + int8, 4 * int4 + 8 * int8)
+    assert found.resident_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert found.tcr == 1 - (4 * int4 + 8 * int8) / (16 * found.num_weights)
