@@ -58,14 +58,19 @@ class Wave:
         return len(self.answers) * self.new_tokens / self.spent_s
 
     def check(self, prompt_tokens: int) -> None:
+        """`check_sizes`, and raise UnequalWork too where tokens came in fewer chunks: gaps would not be per token."""
+        self.check_sizes(prompt_tokens)
+        for answer in self.answers:
+            if answer.chunks < 0.9 * self.new_tokens:
+                raise UnequalWork(f"{self.new_tokens} tokens came in {answer.chunks} chunks: gaps are not per token")
+
+    def check_sizes(self, prompt_tokens: int) -> None:
         """Raise UnequalWork unless every answer was of exactly the asked size, by the server's own count."""
         for answer in self.answers:
             if answer.completion_tokens != self.new_tokens:
                 raise UnequalWork(f"an answer of {answer.completion_tokens} tokens instead of {self.new_tokens}")
             if answer.prompt_tokens != prompt_tokens:
                 raise UnequalWork(f"a prompt of {answer.prompt_tokens} tokens instead of {prompt_tokens}")
-            if answer.chunks < 0.9 * self.new_tokens:
-                raise UnequalWork(f"{self.new_tokens} tokens came in {answer.chunks} chunks: gaps are not per token")
 
 
 def make_prompts(tokenizer: Path, count: int, tokens: int, seed: int) -> list[Prompt]:

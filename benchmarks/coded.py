@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from server.sizes import format_bytes, parse_bytes
 from transformers import LlamaConfig
 
 from benchmarks.step import BLOCK_SIZE, make_sequences, step
@@ -39,6 +38,7 @@ from spq.config import SPQConfig
 from spq.layout import EMBEDDING, model_linears, model_vectors
 from spq.manifest import Manifest, ModulePlan
 from spq.memory import PeakMemory
+from spq.sizes import format_bytes, parse_bytes
 from spq.writer import TensorWriter
 
 HEAD_DIM = 64

@@ -1,8 +1,9 @@
 """`python -m benchmarks.engine`: what one engine step costs beside the model, with a runner that answers at once.
 
 Full decode batches, phase by phase: schedule, prepare (the step's tensors), commit, publish, and the whole turn of the
-loop with its metrics. Times are medians over steps, on one thread; the spread is the 10th and 90th percentile. The last
-line is JSON.
+loop with its metrics. Then steps a second with a made up device that takes `--device-ms` a step, in plain order and
+running ahead: what of the host's time the device waits for. Times are medians over steps, on one thread; the spread is
+the 10th and 90th percentile. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -29,6 +32,8 @@ WARM_STEPS = 20
 class InstantRunner:
     """Draws the same token at once, and counts the time since it was last called: a turn without the model."""
 
+    runs_ahead = False
+
     def __init__(self) -> None:
         self.turns_s: list[float] = []
         self._left_s: float | None = None
@@ -45,6 +50,38 @@ class InstantRunner:
         tokens = [SampledToken(100) for work in self._batch.work if work.samples]
         self._left_s = time.perf_counter()
         return tokens
+
+
+class Device:
+    """Takes a fixed time a step, beside the host and one step after the other; inputs are prepared as for a GPU."""
+
+    def __init__(self, step_s: float, runs_ahead: bool) -> None:
+        self.runs_ahead = runs_ahead
+        self.ends_s: list[float] = []
+        self._step_s = step_s
+        self._free_s = 0.0  # when the device has done all it was given
+        self._tables = inputs.PageTables()
+
+    def launch(self, batch: ScheduledBatch, times: StepTimes) -> DeviceStep:
+        """Prepare, and hand over."""
+        inputs.to_device(inputs.collect(batch, BLOCK_SIZE, self._tables), BLOCK_SIZE, torch.device("cpu"))
+        self._free_s = max(self._free_s, time.perf_counter()) + self._step_s
+        return DeviceStep(self, len(batch.work), self._free_s)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step of it."""
+
+    device: Device
+    num_tokens: int
+    due_s: float
+
+    def result(self) -> list[SampledToken]:
+        """Wait for its end."""
+        time.sleep(max(0.0, self.due_s - time.perf_counter()))
+        self.device.ends_s.append(time.perf_counter())
+        return [SampledToken(100) for _ in range(self.num_tokens)]
 
 
 def make_scheduler(num_seqs: int, prompt: int, steps: int, prefix_caching: bool) -> Scheduler:
@@ -109,12 +146,25 @@ def time_turns(scheduler: Scheduler, steps: int) -> list[float]:
     return runner.turns_s[:steps]
 
 
+def time_device(scheduler: Scheduler, steps: int, step_s: float, runs_ahead: bool) -> list[float]:
+    """Seconds between the ends of steps of a made up device."""
+    device = Device(step_s, runs_ahead)
+    loop = EngineLoop(scheduler, device, on_step=Metrics("none").step)
+    published: list[list[StepOutput]] = []
+    loop.start(published.append)
+    while len(device.ends_s) <= steps and loop.alive:
+        time.sleep(0.02)
+    loop.stop()
+    return [b - a for a, b in pairwise(device.ends_s[: steps + 1])]
+
+
 def main() -> None:
     """Measure and print a table, then JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.split("\n")[0])
     parser.add_argument("--sequences", default="1,64,256", help="running sequences (default: 1,64,256)")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=400, help="steps timed (default: 400)")
+    parser.add_argument("--device-ms", type=float, default=3.0, help="a step of the made up device (default: 3)")
     parser.add_argument("--prefix-caching", default="on", choices=("on", "off"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,6 +178,9 @@ def main() -> None:
         phases = time_phases(scheduler, arguments.steps)
         phases["scheduler"] = [a + b for a, b in zip(phases["schedule"], phases["commit"], strict=True)]
         phases["turn"] = time_turns(make_scheduler(count, arguments.prompt_tokens, length, caching), arguments.steps)
+        for name, ahead in (("device", False), ("ahead", True)):
+            scheduler = make_scheduler(count, arguments.prompt_tokens, length, caching)
+            phases[name] = time_device(scheduler, arguments.steps, arguments.device_ms / 1e3, ahead)
         for phase, seconds in phases.items():
             tenths = statistics.quantiles(seconds, n=10)
             row = {"sequences": count, "phase": phase, "median_ms": 1e3 * statistics.median(seconds),

@@ -14,7 +14,7 @@ import time
 import torch
 
 from server.core import SamplingParams, Sequence, Timings
-from server.engine.sampler import sample
+from server.engine.sampler import Draw
 
 KINDS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -70,7 +70,7 @@ def measure(options: dict[str, float], count: int, arguments: argparse.Namespace
     for turn in range(arguments.repeat + 1):
         rows = logits.clone()
         began = time.perf_counter()
-        sample(rows, sequences)
+        Draw(rows, sequences).read()
         if turn:
             spent.append(1e3 * (time.perf_counter() - began))
     return statistics.median(spent)

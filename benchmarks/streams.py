@@ -41,6 +41,8 @@ WORDS = 200  # different tokens that the runner draws, each of them visible text
 class ScriptedRunner:
     """Draws the words in turn, each sequence from its own length on; takes `step_s` a step, as a device would."""
 
+    runs_ahead = False
+
     def __init__(self, words: list[int], step_s: float) -> None:
         self._tokens = [SampledToken(word) for word in words]
         self._step_s = step_s

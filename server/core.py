@@ -42,6 +42,12 @@ class SamplingParams:
     logprobs: int | None = None  # None = none; k = the sampled token and the k best
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether a step needs what the one before brought to the host: tokens to penalise, or how far scores go."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalised or self.prompt_logprobs is not None
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -67,7 +73,7 @@ class Sequence:
     """One prompt and what was generated after it."""
 
     request_id: str
-    token_ids: list[int]
+    token_ids: list[int]  # the last one may be below 0 while a step runs, see server.scheduler.flight
     num_prompt_tokens: int
     params: SamplingParams
     timings: Timings
@@ -78,6 +84,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    max_len: int = 0  # tokens with which it ends at the latest, and the tokens that end it sooner: the scheduler
+    end_ids: frozenset[int] = frozenset()  # sets both once, since it looks at them with every token
 
     @property
     def num_pending_tokens(self) -> int:
@@ -111,6 +119,7 @@ class ScheduledBatch:
     """One step. Decodes of one token each stand before those with guesses, and these before prefill chunks."""
 
     work: tuple[Work, ...]
+    num_decodes: int = 0  # that many pieces at the front run a sequence's newest token, one it generated, and no guess
 
     @property
     def num_tokens(self) -> int:
@@ -136,7 +145,7 @@ class StepTimes:
 class SampledToken:
     """What the runner brings back for one piece of work that samples, and for each of its guesses."""
 
-    token_id: int
+    token_id: int  # below 0: did not come out at the first try, and another step is launched: run the row again
     logprobs: TokenLogprobs | None = None
 
 

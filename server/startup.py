@@ -13,6 +13,7 @@ from server.engine.memory import MemoryBudgetError
 from server.model.resolve import prepare_folder
 from server.service import Report, StartUpError
 from server.tokenizer import Tokenizer
+from spq.architecture import read_spec
 from spq.errors import SpqError
 
 
@@ -23,7 +24,8 @@ def start_up(config: ServerConfig, report: Report, *, on_step: OnStep) -> tuple[
     """
     try:
         folder = prepare_folder(config, pick_device(config), report)
-        tokenizer = Tokenizer(folder, chat_template=config.chat_template)
+        model_config = read_spec(folder).config
+        tokenizer = Tokenizer(folder, chat_template=config.chat_template, model_config=model_config)
         engine = build_engine(
             folder,
             config,

@@ -55,8 +55,11 @@ class SamplingDefaults:
 class Tokenizer:
     """Text and chats to ids, ids to bytes. All methods may be called from any thread."""
 
-    def __init__(self, folder: Path, *, chat_template: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, chat_template: Path | None = None, model_config: Any = None) -> None:
         """Read a model's folder; never the network. `chat_template` (a Jinja file) replaces the model's own.
+
+        `model_config` is the model's configuration (`spq.architecture.read_spec`): transformers looks up the class of
+        the tokenizer there, and without it reads it itself, at the price of 151 MiB (see `spq.llama_config`).
 
         Raises OSError or ValueError naming what is wrong with the files.
         """
@@ -64,7 +67,7 @@ class Tokenizer:
 
         config_file = folder / "generation_config.json"
         config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=model_config)
         self._lock = threading.Lock()  # sanitised encoding switches a setting of the shared backend
         self._bytes = TokenBytes(self._tokenizer)
         added = self._tokenizer.added_tokens_decoder

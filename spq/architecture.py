@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from spq.errors import ModelFileError, UnsupportedModelError
+from spq.llama_config import LlamaConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -36,7 +38,7 @@ class ModelSpec:
     windows: tuple[int | None, ...]  # sliding window per layer, None = full attention
     max_positions: int
     eos_token_ids: tuple[int, ...]
-    config: PretrainedConfig = field(compare=False, repr=False)
+    config: PreTrainedConfig = field(compare=False, repr=False)
 
     def layer_prefix(self, layer: int) -> str:
         """Module path of a decoder layer."""
@@ -62,13 +64,21 @@ def read_spec(folder: Path) -> ModelSpec:
     if not (folder / "config.json").is_file():
         raise ModelFileError(f"{folder}: no config.json; a model is a folder in Hugging Face format")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = _read_config(folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
     return spec_of(config)
 
 
-def spec_of(config: PretrainedConfig) -> ModelSpec:
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """What `AutoConfig` reads; of a LLaMA without its import (`spq.llama_config`). Raises what that raises."""
+    fields, _unused = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    kind = LlamaConfig if fields.get("model_type") == LlamaConfig.model_type else AutoConfig
+    config: PreTrainedConfig = kind.from_pretrained(folder, local_files_only=True, name_or_path=str(folder))
+    return config
+
+
+def spec_of(config: PreTrainedConfig) -> ModelSpec:
     """The spec of a transformers configuration. Raises UnsupportedModelError."""
     names = config.architectures or []
     architecture = names[0] if names else f"(none; model_type {config.model_type})"
@@ -102,7 +112,7 @@ def spec_of(config: PretrainedConfig) -> ModelSpec:
     )
 
 
-def _windows(config: PretrainedConfig, architecture: str) -> tuple[int | None, ...]:
+def _windows(config: PreTrainedConfig, architecture: str) -> tuple[int | None, ...]:
     """Mistral: one window for all layers. Qwen: `layer_types` says which layers have one. LLaMA: none."""
     window: int | None = getattr(config, "sliding_window", None)
     layers: int = config.num_hidden_layers
@@ -112,7 +122,7 @@ def _windows(config: PretrainedConfig, architecture: str) -> tuple[int | None, .
     return tuple([window if kind == "sliding_attention" else None for kind in kinds])
 
 
-def _max_positions(config: PretrainedConfig) -> int:
+def _max_positions(config: PreTrainedConfig) -> int:
     """Tokens the rotary embedding reaches. `linear` and `dynamic` configs state the length before scaling (as vLLM
     reads them); `yarn` states either; the other kinds state the length after it."""
     rope = config.rope_parameters

@@ -1,7 +1,7 @@
 """transformers' side of the packed format: after `import spq`, `AutoModelForCausalLM.from_pretrained(packed)` works.
 
-Importing this module registers the quantization method `spq` with transformers, the one effect of an import in this
-package: transformers offers no other way. Not for compressing (`compress`) and not for serving.
+Importing this module registers the quantization method `spq` with transformers, which offers no other way;
+`spq.registration` imports it when that is needed. Not for compressing (`compress`) and not for serving.
 """
 
 from __future__ import annotations

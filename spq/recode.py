@@ -25,7 +25,7 @@ from spq.entropy import MIN_SAVING, encode
 from spq.errors import OutputError, SpqError, UnsupportedModelError
 from spq.layout import model_vectors, module_has_bias
 from spq.manifest import REPORT_NAME, Codec, ModulePlan
-from spq.output import MAX_SHARD_BYTES, refuse_existing
+from spq.output import MAX_SHARD_BYTES, put_in_place, refuse_existing, remove_orphans
 from spq.report import read_report
 from spq.writer import TensorWriter, copy_companions
 
@@ -57,6 +57,7 @@ def recode(
     checkpoint = open_model(source)
     if checkpoint.manifest is None:
         raise UnsupportedModelError(f"{source}: not packed; compress it first")
+    remove_orphans(out)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -77,9 +78,7 @@ def recode(
         manifest = checkpoint.manifest.model_copy(update={"format_version": 2, "modules": plans})
         config = read_config(source) | {"quantization_config": manifest.dump()}
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
+        put_in_place(temporary, out, overwrite)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error})") from error
     finally:

@@ -35,7 +35,7 @@ class LocalModel:
         self._rows = max(1, SLICE_BYTES // (4 * self.spec.vocab_size))
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            self.module = model.to(device=device, dtype=dtype).eval()
+            self.module = model.to(device=device).eval()  # not to dtype: scales stay float32
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelFileError(f"{folder}: cannot be loaded on {device} as {dtype}: {reason}") from error

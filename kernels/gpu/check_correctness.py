@@ -197,6 +197,17 @@ class CorrectnessChecks:
                 got, want = self.ops.add_linear(h.clone(), hidden, prepared_down), hidden.double()
                 want = self.reference.add_linear(h.double(), want, down)
                 yield self._check(f"add_linear down {kind}, {rows} rows", got, want, 1, s.width)
+        low_rank = tuple(make.low_rank(s.width, s.hidden, s.rank) for _ in range(2))
+        dense = tuple(make.dense(s.width, s.hidden, self.ops.dtype) for _ in range(2))
+        # Not fused: gate (counted twice, as above) and up are rounded too, and so is what is between two factors.
+        kinds: dict[str, tuple[tuple[LinearWeight, ...], int]] = {"low rank": (low_rank, 10), "float": (dense, 7)}
+        for name, (weights, roundings) in kinds.items():
+            gate, up = weights
+            prepared = self.ops.prepare_gate_up(gate, up)
+            for rows in s.rows:
+                h = 3 * make.normal(rows, s.hidden, dtype=self.ops.dtype)
+                got, want = self.ops.mlp_input(h, norm, prepared), self.reference.mlp_input(h.double(), norm, weights)
+                yield self._check(f"mlp_input {name}, {rows} rows", got, want, roundings, 4 * s.hidden)
 
     def _int8_prefill(self) -> Iterator[Check]:
         """Against the emulation: at most a few values per thousand round to the other side of a tie, by a step, of

@@ -86,7 +86,7 @@ def rows_of(part: str, settings: Settings) -> Iterator[Row]:
         sizes, contexts = ((1,), (20,)) if settings.small else ((1, 8), (512, 2048, 8192))
         yield from decode_attention(_ops(settings), shape, sizes, contexts, settings.copy_tb_per_s, repeats)
     elif section == "decode":
-        batches, context, steps = ([1, 5], 3, 1) if settings.small else ([1, 8, 32], 512, 32)
+        batches, context, steps = ([1, 5], 3, 1) if settings.small else ([1, 8, 32, 64], 512, 32)
         yield from measure_decoding(_ops(settings), shape, second, batches, context, 0 if settings.warm else steps)
     elif section == "tune":
         yield from tune(_ops(settings), shape, second, min(repeats, 10))

@@ -21,6 +21,7 @@ from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
+from server.engine.release import release_freed, release_libraries
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
@@ -69,10 +70,12 @@ def build_engine(
         )
     wanted_len = config.max_model_len or spec.max_positions
     progress("loading", 0.0)
+    if device.type == "cpu":
+        release_libraries()
     coded = pick_resident(config, ops, threads)
     with mapped_blocks():
         model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total), coded)
-        manifest = source.manifest
+        facts = compression_facts(source)
         source.close()
         ops.use_threads(threads)
         kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
@@ -81,9 +84,12 @@ def build_engine(
             used.leave_coded(coded)
     before = read_memory(device)
     if config.memory_budget is not None and before.process > config.memory_budget:
+        fewer = (
+            "" if device.type == "cuda" else " (--resident coded --resident-tolerance 1 holds layers in fewer bytes)"
+        )
         raise MemoryBudgetError(
             f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
-            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
+            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache{fewer}"
         )
     recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
@@ -93,8 +99,12 @@ def build_engine(
 
     workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
-    if config.threads is None and device.type == "cpu" and coded is None:  # decoding gains from every core
+    decodes = coded is not None and bool(coded.coded)  # which gains from every core
+    if config.threads is None and device.type == "cpu" and not decodes:
         pick_threads(model, threads, config.block_size, kv_dtype)
+    if device.type == "cpu":
+        release_freed()
+        release_libraries()
     after = read_memory(device)
     # given back, and needed again by a step and by recording; a CPU's allocator may still hold it
     held = after.process + workspace + graph_bytes
@@ -152,7 +162,7 @@ def build_engine(
         device=device_name(device),
         backend=ops.name,
         ledger=ledger,
-        compression=compression_facts(spec, manifest),
+        compression=facts,
     )
     return Engine(loop, info, max_queue=config.max_queue)
 

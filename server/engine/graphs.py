@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, LayerKv
-from server.engine.inputs import TABLE_STEP, HostInputs
+from server.engine.inputs import TABLE_STEP, HostInputs, resolve
 from server.engine.transfer import ALIGN, Packed, pack
 from server.model.llama import Llama
 
@@ -107,8 +107,11 @@ class DecodeGraphs:
             self._load(None, rows)
             self._steps[rows, context] = recorder(self._step(rows, context))
 
-    def run(self, host: HostInputs) -> Tensor | None:
-        """Logits float32 [S, vocab] of a step, valid until the next; None where it has to run the other way."""
+    def run(self, host: HostInputs, drawn: Tensor | None) -> Tensor | None:
+        """Logits float32 [S, vocab] of a step, valid until the next; None where it has to run the other way.
+
+        drawn: see `inputs.resolve`.
+        """
         if not host.is_decode_only or self._model.rope.varies(host.lengths):
             return None
         num_rows, longest = len(host.token_ids), max(host.context_lens)
@@ -116,7 +119,9 @@ class DecodeGraphs:
             return None
         rows = self._row_buckets[bisect_left(self._row_buckets, num_rows)]
         context = self._context_buckets[bisect_left(self._context_buckets, longest)]
-        self._load(host, rows)
+        token_ids = self._load(host, rows)
+        if host.awaits_tokens:
+            resolve(token_ids, drawn)
         self._steps[rows, context]()
         return self._logits[:num_rows]
 
@@ -142,13 +147,18 @@ class DecodeGraphs:
 
         return step
 
-    def _load(self, host: HostInputs | None, rows: int) -> None:
-        """Fill the buffers of a bucket: one copy from the host, one on the device that spreads the page tables."""
+    def _load(self, host: HostInputs | None, rows: int) -> Tensor:
+        """Fill the buffers of a bucket: one copy from the host, one on the device that spreads the page tables.
+
+        Returns the place of the token ids, int64 [rows].
+        """
         packed = self._pack(host, rows)
         self._inputs[: len(packed.buffer)].copy_(packed.buffer, non_blocking=True)
-        tables = packed.views(self._inputs)[-1].view(rows, -1)
+        views = packed.views(self._inputs)
+        tables = views[-1].view(rows, -1)
         self._tables[:rows, : tables.shape[1]].copy_(tables)
         self._contexts = [*(() if host is None else host.context_lens), *[1] * (rows - _num_rows(host))]
+        return views[0]
 
     def _pack(self, host: HostInputs | None, rows: int) -> Packed:
         """The inputs with scratch rows behind them. Places depend on the number of rows alone; tables come last."""

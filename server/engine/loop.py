@@ -1,5 +1,8 @@
 """The engine's thread: inbox -> schedule -> launch -> publish the step before -> result -> commit, turn after turn.
 
+Where the runner can, the loop runs ahead: result and commit are those of the step launched a turn before, so that the
+device has its next step before the host knows the tokens of the last. Whether the scheduler can follow, it says itself.
+
 The tokens of a step are published when the next one has been launched: the event loop turns them into text and bytes
 while the device, or native code that needs no interpreter lock, works. With nothing to launch they leave at once.
 
@@ -15,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from server.core import FinishReason, SampledToken, ScheduledBatch, Sequence, StepOutput, StepTimes
@@ -38,12 +42,27 @@ class PendingStep(Protocol):
 class Runner(Protocol):
     """What computes a batch. `server.engine.runner.ModelRunner`, or a fake one in tests and benchmarks."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the result of the one before it has been asked for."""
+        ...
+
     def launch(self, batch: ScheduledBatch, times: StepTimes) -> PendingStep:
         """Begin a step, without waiting for it where the device runs by itself; fill in `times` by `result`.
 
         A runner without such a device computes in `result`, so that what is published meanwhile is not held up.
         """
         ...
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step whose result has not been asked for."""
+
+    batch: ScheduledBatch
+    pending: PendingStep
+    times: StepTimes
+    started_s: float  # of its turn, monotonic
 
 
 class EngineLoop:
@@ -71,6 +90,8 @@ class EngineLoop:
         self._thread: threading.Thread | None = None
         self._publish: Callable[[list[StepOutput]], None] = lambda outputs: None
         self._outputs: list[StepOutput] = []  # not yet published
+        self._launched: _Launched | None = None  # a turn ago
+        self._landed_s = 0.0  # when the last step was booked, monotonic
         self._next_deadline_s = math.inf  # no live sequence has an earlier one
 
     @property
@@ -81,7 +102,7 @@ class EngineLoop:
     @property
     def num_waiting(self) -> int:
         """Sequences accepted and not yet running."""
-        return len(self.scheduler.waiting) + self._num_unread
+        return len(self.scheduler.queue.waiting) + self._num_unread
 
     def start(self, publish: Callable[[list[StepOutput]], None]) -> None:
         """Start the thread; `publish` is called on it once per step with the step's outputs."""
@@ -139,29 +160,38 @@ class EngineLoop:
         if started >= self._next_deadline_s:
             self._expire(started)
         batch = self.scheduler.schedule(started)
-        if batch is None:
-            self._flush()
+        before, self._launched = self._launched, None if batch is None else self._launch(batch, started)
+        publishing_s = time.monotonic()
+        self._flush()
+        if self._launched is not None:
+            self._launched.times.publish = time.monotonic() - publishing_s
+        if before is not None:
+            self._land(before)
+        elif self._launched is None:
             self._rest()
-        else:
-            self._step(batch, started)
+        if self._launched is not None and not self._runner.runs_ahead:
+            self._land(self._launched)
+            self._launched = None
         if self._check_every_step:
             self.scheduler.check()
         self.last_turn_s = time.monotonic()
 
-    def _step(self, batch: ScheduledBatch, started_s: float) -> None:
+    def _launch(self, batch: ScheduledBatch, started_s: float) -> _Launched:
         times = StepTimes()
-        launching_s = time.monotonic()
-        pending = self._runner.launch(batch, times)
-        launched_s = time.monotonic()
-        self._flush()
-        times.publish = time.monotonic() - launched_s
-        sampled = pending.result()
+        scheduled_s = time.monotonic()
+        times.schedule = scheduled_s - started_s
+        return _Launched(batch, self._runner.launch(batch, times), times, started_s)
+
+    def _land(self, step: _Launched) -> None:
+        """Wait for a step and book it. Its time counts from its turn's start, or from the end of the step before."""
+        sampled = step.pending.result()
         back_s = time.monotonic()
-        self._outputs += self.scheduler.commit(batch, sampled, back_s)
+        self._outputs += self.scheduler.commit(step.batch, sampled, back_s)
         ended_s = time.monotonic()
-        times.schedule = launching_s - started_s + ended_s - back_s
+        step.times.schedule += ended_s - back_s
         if self._on_step is not None:
-            self._on_step(batch.num_tokens, ended_s - started_s, times)
+            self._on_step(step.batch.num_tokens, ended_s - max(step.started_s, self._landed_s), step.times)
+        self._landed_s = ended_s
 
     def _flush(self) -> None:
         if self._outputs:
@@ -200,12 +230,9 @@ class EngineLoop:
             self._inbox.clear()
             self._num_unread = 0
             self._failed = True
-        failed = [*self.scheduler.live(), *added]
+        failed = [*self.scheduler.clear(), *added]
         for sequence in failed:
             sequence.finish_reason = FinishReason.ERROR
-            self.scheduler.blocks.release(sequence)
-        self.scheduler.running.clear()
-        self.scheduler.waiting.clear()
         self._outputs += [_failure(sequence) for sequence in failed]
         self._flush()
 

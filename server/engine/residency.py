@@ -26,13 +26,14 @@ from kernels.ops import AttentionBatch, LayerKv
 from server.engine.kv_cache import allocate
 from server.model.coded import CodedLayers
 from server.model.llama import Llama
-from server.sizes import format_bytes
 from spq.errors import OptionError
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
 SAMPLED_LAYERS = 4
-TRIALS = 9
+TRIALS = 5  # of each rate at least,
+LEAST_S = 0.2  # and for so long: on a busy machine it takes a while until all threads have a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,16 @@ def settle(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype, tolerance: 
         rates.run_coded / 1e9,
         100 * rates.overlap,
     )
+    if not found.coded:
+        logger.warning(
+            "no layer stays coded: that would cost more than --resident-tolerance %g of the speed, or save nothing",
+            tolerance,
+        )
     return found
 
 
 def measure(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype) -> Rates:
-    """The rates, by a token at position 0 through a few of the coded layers; medians of nine trials."""
+    """The rates, by a token at position 0 through a few of the coded layers; medians."""
     numbers = sorted(layers.coded)
     sample = numbers[:: max(1, len(numbers) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
     size = sum(layers.coded[number].decoded_bytes for number in sample)
@@ -190,9 +196,11 @@ class _Step:
 
 def _median_s(call: Callable[[], object]) -> float:
     """Seconds of a call, after one that is not counted: it makes programs and touches memory."""
-    spent = []
-    for _ in range(TRIALS + 1):
+    call()
+    spent: list[float] = []
+    begun = time.perf_counter()
+    while len(spent) < TRIALS or time.perf_counter() - begun < LEAST_S:
         started = time.perf_counter()
         call()
         spent.append(time.perf_counter() - started)
-    return median(spent[1:])
+    return median(spent)

@@ -1,6 +1,7 @@
 """Runs one scheduled batch on the device: tensors in, sampled tokens out. The only place where a step meets torch.
 
-On a GPU the host waits once in a step, for the sampled ids. (Frequencies that depend on lengths, and candidates that
+On a GPU the host waits once in a step, for the sampled ids, and the next step may be launched before: an id that the
+host does not know yet is taken from the draw on the device. (Frequencies that depend on lengths, and candidates that
 did not suffice to a draw, make it wait again; both are rare.)
 """
 
@@ -18,18 +19,12 @@ from server.core import SampledToken, ScheduledBatch, Sequence, StepTimes
 from server.engine import inputs, logprobs, sampler
 from server.engine.graphs import DecodeGraphs
 from server.engine.logprobs import TokenScores
-from server.engine.transfer import download, upload
+from server.engine.transfer import Download, upload
 from server.model.llama import Llama
 
 SCORED_ROWS = 64  # prompt rows turned to logits at a time: bounds rows x vocabulary
 
-
-@dataclass(slots=True)
-class Computed:
-    """What the model made of a step, on the device."""
-
-    logits: Tensor | None  # float32 [rows to draw from, vocab], valid until the next step; None without such rows
-    scores: list[tuple[Sequence, list[TokenScores]]]  # of prompt tokens
+PromptScores = list[tuple[Sequence, list[TokenScores]]]
 
 
 class ModelRunner:
@@ -42,6 +37,8 @@ class ModelRunner:
         self._block_size = block_size
         self._graphs = graphs
         self._page_tables = inputs.PageTables()
+        self._newest: sampler.Draw | None = None  # of the step launched last, if that draws
+        self.runs_ahead = model.ops.device.type == "cuda"  # a CPU would compute both steps on the same cores
 
     def launch(self, batch: ScheduledBatch, times: StepTimes) -> PendingRun:
         """Begin a step. A GPU works from here on by itself; a CPU computes when the result is asked for."""
@@ -49,7 +46,7 @@ class ModelRunner:
         host = inputs.collect(batch, self._block_size, self._page_tables)
         times.prepare = time.monotonic() - started
         pending = PendingRun(self, batch, host, times)
-        if self._model.ops.device.type == "cuda":
+        if self.runs_ahead:
             pending.compute()
         return pending
 
@@ -58,29 +55,32 @@ class ModelRunner:
         return self.launch(batch, StepTimes()).result()
 
     @torch.inference_mode()
-    def compute(self, batch: ScheduledBatch, host: inputs.HostInputs) -> Computed:
-        """The model's part of a step; on CUDA nothing is waited for."""
-        model = self._model
-        if self._graphs is not None and (replayed := self._graphs.run(host)) is not None:
-            return Computed(replayed, [])
+    def compute(self, batch: ScheduledBatch, host: inputs.HostInputs) -> tuple[Tensor | None, PromptScores]:
+        """The model's part of a step: float32 logits [rows to draw from, vocab], valid until the next step, or None
+        without such rows; and the scores of prompt tokens. On CUDA nothing is waited for."""
+        model, drawn = self._model, None
+        if self._newest is not None:
+            self._newest.forget_logits()
+            drawn = self._newest.ids
+        if self._graphs is not None and (replayed := self._graphs.run(host, drawn)) is not None:
+            return replayed, []
         step = inputs.to_device(host, self._block_size, model.ops.device)
+        if host.awaits_tokens:
+            inputs.resolve(step.token_ids, drawn)
         hidden = model.forward(step.token_ids, step.positions, host.lengths, step.attention, self._cache)
         scores = [
             (batch.work[index].sequence, self._score_prompt(batch.work[index].sequence, hidden[rows]))
             for index, rows in host.prompt_rows.items()
         ]
         if not host.sample_rows:
-            return Computed(None, scores)
-        return Computed(model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), scores)
+            return None, scores
+        return model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), scores
 
     @torch.inference_mode()
-    def draw(self, batch: ScheduledBatch, computed: Computed) -> list[SampledToken]:
-        """One token per sampling work and guess, in order; prompt scores go to `Sequence.prompt_logprobs`."""
-        tokens = [] if computed.logits is None else sampler.sample(computed.logits, drawing_sequences(batch))
-        for sequence, chunks in computed.scores:
-            for chunk in chunks:
-                sequence.prompt_logprobs += chunk.read(*download(chunk.tensors))
-        return tokens
+    def draw(self, batch: ScheduledBatch, logits: Tensor | None) -> sampler.Draw | None:
+        """Begin to draw one token per sampling work and guess, in order."""
+        self._newest = None if logits is None else sampler.Draw(logits, drawing_sequences(batch))
+        return self._newest
 
     def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> list[TokenScores]:
         """hidden [R, hidden]: row i predicts the (i+1)-th prompt token that has no score yet."""
@@ -119,19 +119,26 @@ class PendingRun:
     batch: ScheduledBatch
     host: inputs.HostInputs
     times: StepTimes
-    computed: Computed | None = None
+    draw: sampler.Draw | None = None
+    scores: PromptScores | None = None  # None until computed
 
-    def compute(self) -> Computed:
-        """Run the model, or set the device running it."""
+    def compute(self) -> PromptScores:
+        """Run the model and begin to draw, or set the device doing it."""
         started = time.monotonic()
-        self.computed = self.runner.compute(self.batch, self.host)
-        self.times.run = time.monotonic() - started
-        return self.computed
+        logits, self.scores = self.runner.compute(self.batch, self.host)
+        ran = time.monotonic()
+        self.draw = self.runner.draw(self.batch, logits)
+        self.times.run = ran - started
+        self.times.sample = time.monotonic() - ran
+        return self.scores
 
     def result(self) -> list[SampledToken]:
-        """Draw the tokens and bring them to the host."""
-        computed = self.computed or self.compute()
+        """Bring the tokens to the host; prompt scores go to `Sequence.prompt_logprobs`."""
+        scores = self.compute() if self.scores is None else self.scores
         started = time.monotonic()
-        tokens = self.runner.draw(self.batch, computed)
-        self.times.sample = time.monotonic() - started
+        tokens = [] if self.draw is None else self.draw.read()
+        for sequence, chunks in scores:
+            for chunk in chunks:
+                sequence.prompt_logprobs += chunk.read(*Download(chunk.tensors).wait())
+        self.times.sample += time.monotonic() - started
         return tokens

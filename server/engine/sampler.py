@@ -1,5 +1,7 @@
 """From logits to token ids for all rows of a step at once: adjust, draw, score, and one wait to read the result.
 
+A `Draw` has its ids on the device as soon as it has begun, so the next step may be launched before they are read.
+
 The uniform number of a draw is a function of (seed, index of the output token) and nothing else, so a request draws
 the same tokens whatever shares its batch, and again after a preemption. Log-probabilities are those of the raw logits.
 The numbers are made on the host and sent along: no generator lives on the device, and a seed means the same on each.
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from server.core import SampledToken, Sequence
 from server.engine import draw, logprobs, penalties
-from server.engine.transfer import Column, download, upload
+from server.engine.transfer import Column, Download, upload
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow the logits
 # Candidates looked at before a row that may keep more is drawn again from the next number, at last from all tokens.
@@ -52,41 +54,78 @@ class _Rows:
         return self.index, self.temperature, self.points, self.top_k, self.top_p, self.min_p
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-    """Draw one token per row of float32 logits [R, vocab]; row i belongs to sequences[i]. May overwrite logits."""
-    whole, cut, scored, num_top = _sort_rows(sequences)
-    adjustments = penalties.collect(sequences, logits.shape[1])
-    if not (whole.index or cut.index or scored or adjustments):
-        [ids] = download([draw.greedy(logits)])
-        return [SampledToken(token_id) for token_id in ids.tolist()]
-    changes = () if adjustments is None else adjustments.columns
-    columns = upload([*whole.columns, *cut.columns, scored, *changes], logits.device)
-    to_whole, to_cut, to_scored, to_change = columns[:6], columns[6:12], columns[12], columns[13:]
-    raw = torch.log_softmax(logits[to_scored], -1) if scored else None
-    if to_change:
-        penalties.apply(logits, *to_change)
-    # every row has a best token, drawn or not; where all are drawn the place is only filled
-    drawn = len(whole.index) + len(cut.index)
-    ids = draw.greedy(logits) if drawn < len(sequences) else torch.empty_like(logits[:, 0], dtype=torch.int64)
-    if whole.index:
-        index, temperature, points = to_whole[:3]
-        ids[index] = draw.draw(_take(logits, index), temperature, points)
-    widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), logits.shape[1]))
-    while True:
-        settled = _draw_cut(logits, to_cut, next(widths), ids) if len(to_cut[0]) else None
-        scores = None if raw is None else logprobs.score(raw, ids[to_scored], num_top)
-        results = [ids, *(() if settled is None else (settled,)), *(() if scores is None else scores.tensors)]
-        host = download(results)
-        if settled is None or all(kept := host[1].tolist()):
-            break
-        again = array("q", [row for row, ok in enumerate(kept) if not ok])
-        [rows] = upload([again], logits.device)
-        to_cut = [column[rows] for column in to_cut]
-    tokens = [SampledToken(token_id) for token_id in host[0].tolist()]
-    if scores is not None:
-        for row, entry in zip(scored, scores.read(*host[-4:]), strict=True):
-            tokens[row] = SampledToken(tokens[row].token_id, entry)
-    return tokens
+class Draw:
+    """One token for each row of float32 logits [R, vocab]; row i belongs to sequences[i]."""
+
+    ids: Tensor  # int64 [R], on the device
+
+    def __init__(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        """Begin, without a wait. May overwrite the logits; looks at the sequences now, not later."""
+        whole, cut, self._scored, self._num_top = _sort_rows(sequences)
+        adjustments = penalties.collect(sequences, logits.shape[1])
+        self._logits: Tensor | None = logits
+        self._raw: Tensor | None = None  # log-probabilities of the rows to score
+        self._cut_rows, self._cut = cut.index, list[Tensor]()  # rows drawn from the best, and what they ask for
+        self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), logits.shape[1]))
+        if not (whole.index or cut.index or self._scored or adjustments):
+            self.ids = draw.greedy(logits)
+            self._result = Download([self.ids])
+            return
+        changes = () if adjustments is None else adjustments.columns
+        columns = upload([*whole.columns, *cut.columns, self._scored, *changes], logits.device)
+        to_whole, self._cut, self._to_scored, to_change = columns[:6], columns[6:12], columns[12], columns[13:]
+        if self._scored:
+            self._raw = torch.log_softmax(logits[self._to_scored], -1)
+        if to_change:
+            penalties.apply(logits, *to_change)
+        # every row has a best token, drawn or not; where all are drawn the place is only filled
+        drawn = len(whole.index) + len(cut.index)
+        self.ids = draw.greedy(logits) if drawn < len(sequences) else torch.empty_like(logits[:, 0], dtype=torch.int64)
+        if whole.index:
+            index, temperature, points = to_whole[:3]
+            self.ids[index] = draw.draw(_take(logits, index), temperature, points)
+        self._draw_cut(logits)
+
+    def _draw_cut(self, logits: Tensor) -> None:
+        """Draw the rows of `_cut` from the next number of candidates, and send the result of all rows on its way."""
+        results = [self.ids]
+        if self._cut_rows:
+            index, temperature, points, top_k, top_p, min_p = self._cut
+            rows = _take(logits, index)
+            self.ids[index], settled = draw.draw_truncated(
+                rows, temperature, points, top_k, top_p, min_p, next(self._widths)
+            )
+            results.append(settled)
+        if self._raw is not None:
+            self._scores = logprobs.score(self._raw, self.ids[self._to_scored], self._num_top)
+            results += self._scores.tensors
+        self._result = Download(results)
+
+    def forget_logits(self) -> None:
+        """Another step is about to take their place: what the candidates did not suffice for cannot be drawn again."""
+        self._logits = self._raw = None
+
+    @torch.inference_mode()
+    def read(self) -> list[SampledToken]:
+        """Wait for the tokens. Where candidates did not suffice and the logits are forgotten, the id is below 0."""
+        while True:
+            host = self._result.wait()
+            kept = host[1].tolist() if self._cut_rows else []
+            missing = [i for i, settled in enumerate(kept) if not settled]
+            if not missing or self._logits is None:
+                break
+            [again] = upload([array("q", missing)], self._logits.device)
+            self._cut = [column[again] for column in self._cut]
+            self._cut_rows = array("q", [self._cut_rows[i] for i in missing])
+            self._draw_cut(self._logits)
+        tokens = [SampledToken(token_id) for token_id in host[0].tolist()]
+        if self._scored:
+            for row, entry in zip(self._scored, self._scores.read(*host[-4:]), strict=True):
+                tokens[row].logprobs = entry
+        for i in missing:
+            tokens[self._cut_rows[i]] = SampledToken(-1)
+        self.forget_logits()
+        return tokens
 
 
 def uniform(seed: int, index: int) -> float:
@@ -108,15 +147,6 @@ def _sort_rows(sequences: list[Sequence]) -> tuple[_Rows, _Rows, array[int], lis
             scored.append(row)
             num_top.append(params.logprobs)
     return whole, cut, scored, num_top
-
-
-def _draw_cut(logits: Tensor, columns: list[Tensor], num_candidates: int, ids: Tensor) -> Tensor:
-    """Draw the rows of `columns` (see _Rows) into ids int64 [R]; returns which are settled, bool [rows]."""
-    index, temperature, points, top_k, top_p, min_p = columns
-    ids[index], settled = draw.draw_truncated(
-        _take(logits, index), temperature, points, top_k, top_p, min_p, num_candidates
-    )
-    return settled
 
 
 def _take(logits: Tensor, index: Tensor) -> Tensor:

@@ -53,12 +53,20 @@ def upload(columns: Sequence[Column], device: torch.device) -> list[Tensor]:
     return packed.views(packed.buffer.to(device, non_blocking=True))
 
 
-def download(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the host. All copies are started before the one wait for the device."""
-    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory, from CUDA
-    if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.current_stream().synchronize()
-    return copies
+class Download:
+    """Copies of tensors to the host, begun at once and waited for later: for them, not for what is launched since."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory, from CUDA
+        self._arrival: torch.cuda.Event | None = None
+        if any(tensor.is_cuda for tensor in tensors):
+            self._arrival = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the host."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._copies
 
 
 def as_tensor(column: Column) -> Tensor:

@@ -76,6 +76,7 @@ def load_model(
 
     table = source.embedding()
     embedding = count(ops.prepare_embedding(table, tied_head=spec.tied), table)
+    del table  # as large as the packed one, and would stay to the end
     layers: list[Layer] = []
     add = layers.append if coded is None else coded.add
     for i in range(spec.num_layers):

@@ -18,7 +18,6 @@ from server.config import ServerConfig
 from spq.cache import packed_path
 from spq.calibrate import bundled_calibration, read_text, text_hash
 from spq.checkpoint import open_model
-from spq.compress import compress
 from spq.config import SPQConfig
 from spq.errors import OutputError, SpqError
 from spq.hub import find_model
@@ -44,6 +43,8 @@ def prepare_folder(config: ServerConfig, device: torch.device, report: Report) -
     text = ""
     if options.uses_text:
         text = read_text(bundled_calibration() if config.calibration is None else Path(config.calibration))
+    from spq.compress import compress  # brings what a packed folder is served without
+
     target = packed_path(config.cache_dir.expanduser(), folder, options, text_hash(text))
     if _usable(target):
         logger.info("already compressed: %s", target)

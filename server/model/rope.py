@@ -1,6 +1,7 @@
 """Cosines and sines of rotary embeddings for every `rope_scaling` kind that transformers' LLaMA knows.
 
-The frequencies come from transformers; this module only decides which set a token uses. Most kinds have one set.
+Frequencies of the scaled kinds come from transformers; this module only decides which set a token uses. Most kinds have
+one set. The unscaled ones are computed here: transformers has them in its model classes, whose import takes 150 MiB.
 `longrope` and `dynamic` choose by the length of the sequence at the time a token is computed: as in transformers'
 `generate`, that is the prompt's length for prompt tokens and the position + 1 after it. Such keys depend on the
 prompt's length, so pages of such a model are shared only where no sequence can pass the trained length.
@@ -8,23 +9,23 @@ prompt's length, so pages of such a model are shared only where no sequence can 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
 class RotaryTable:
     """cos and sin by position, up to `max_len` positions, on one device."""
 
-    def __init__(self, config: PretrainedConfig, max_len: int, device: torch.device) -> None:
-        embedding = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what all four families have
+    def __init__(self, config: PreTrainedConfig, max_len: int, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._kind = str(embedding.rope_type)
-        self._scaling = float(embedding.attention_scaling)
-        self._base = self._table(embedding.original_inv_freq, max_len)
+        self._kind = str(config.rope_parameters["rope_type"])
+        frequencies, self._scaling = _frequencies(config, self._kind)
+        self._base = self._table(frequencies, max_len)
         self._long: tuple[Tensor, Tensor] | None = None
         self._threshold = max_len  # sequences longer than this use other frequencies
         if self._kind == "dynamic":
@@ -60,3 +61,12 @@ class RotaryTable:
     def _table(self, frequencies: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(max_len, device=self._device).float()[:, None] * frequencies.float().to(self._device)
         return angles.cos() * self._scaling, angles.sin() * self._scaling
+
+
+def _frequencies(config: Any, kind: str) -> tuple[Tensor, float]:
+    """float32 [D/2]: radians per position (Su et al. 2021, section 3.2.2), and a factor of cosines and sines."""
+    if kind != "default":
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config)
+        return frequencies, float(scaling)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width), 1.0

@@ -8,7 +8,7 @@ recently used first).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from server.core import Sequence
 
@@ -70,6 +70,13 @@ class BlockManager:
         sequence.block_table.extend(pages)
         sequence.num_computed_tokens = len(pages) * self.block_size
         self._chains[sequence] = (len(pages), self._nodes[pages[-1]] if pages else ROOT)
+
+    def suffice(self, sequences: Collection[Sequence]) -> bool:
+        """Whether every one of these sequences can have the page it may lack for its newest token."""
+        if len(sequences) <= len(self._free):
+            return True
+        size = self.block_size
+        return sum(len(s.token_ids) > len(s.block_table) * size for s in sequences) <= len(self._free)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the sequence's first `num_tokens` tokens; False (and no change) if pages are short."""
@@ -140,7 +147,7 @@ class BlockManager:
                 self._free[page] = None
                 if self._keys[page] is None:
                     self._free.move_to_end(page, last=False)
-        sequence.block_table.clear()
+        sequence.block_table = []  # another list, by which a reader of the old one sees that it is not the same table
 
     def check(self, live: Iterable[Sequence]) -> None:
         """Raises AssertionError unless the books agree with what the live sequences hold."""

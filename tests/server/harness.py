@@ -1,16 +1,18 @@
-"""Driving scheduler and runner by hand, without a thread, on a real model folder."""
+"""Driving scheduler and runner: by hand, without a thread, on a real model folder; or by the real loop."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from kernels.ops import BackendName, make_ops
-from server.core import SamplingParams, Sequence, StepOutput, Timings
+from server.core import FinishReason, SamplingParams, Sequence, StepOutput, Timings
 from server.engine.graphs import DecodeGraphs, Recorder
 from server.engine.kv_cache import allocate
+from server.engine.loop import EngineLoop, Runner
 from server.engine.runner import ModelRunner
 from server.model.load import load_model
 from server.scheduler.blocks import BlockManager
@@ -86,3 +88,30 @@ class Harness:
             if on_step is not None:
                 on_step(step)
         return sequences
+
+
+Act = Callable[[EngineLoop, StepOutput], None]
+
+
+def drive(scheduler: Scheduler, runner: Runner, sequences: list[Sequence], act: Act | None = None) -> list[StepOutput]:
+    """The real loop until all sequences have ended; `act` is called with every output on the loop's thread."""
+    loop = EngineLoop(scheduler, runner, check_every_step=True)
+    outputs: list[StepOutput] = []
+
+    def publish(batch: list[StepOutput]) -> None:
+        outputs.extend(batch)
+        for output in batch if act is not None else ():
+            act(loop, output)
+
+    for sequence in sequences:
+        loop.add(sequence)
+    loop.start(publish)
+    end = time.monotonic() + 60
+    while loop.alive and (scheduler.flight or any(s.finish_reason is None for s in sequences)):
+        assert time.monotonic() < end, "the loop stands still"
+        time.sleep(0.002)
+    loop.stop()
+    assert all(s.finish_reason is not FinishReason.ERROR for s in sequences), "the loop failed"
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert not scheduler.flight.bound
+    return outputs

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.errors import BadRequest
 from server.tokenizer import SamplingDefaults, Tokenizer
+from spq.architecture import read_spec
 
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}{% endfor %}"
@@ -155,3 +157,85 @@ def test_storyteller_matches_transformers() -> None:
     )
     ids = reference.encode(text)
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    "a",
+    "b",
+    "▁a",
+    "▁b",
+    "ab",
+    "▁ab",
+    "é",
+]
+
+
+def byte_level() -> Backend:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({c: i for i, c in enumerate([*alphabet, "Ġa", "ab"])}, [("Ġ", "a"), ("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def byte_fallback() -> Backend:
+    """As LLaMA 2's tokenizer.json."""
+    merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b")]
+    backend = Backend(
+        models.BPE({w: i for i, w in enumerate(WORDS)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s>:1 $B:1", [("<s>", 1)])
+    return backend
+
+
+def unigram() -> Backend:
+    backend = Backend(models.Unigram([(w, -1.0 - i / 300) for i, w in enumerate(WORDS)], 0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, unigram], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Qwen2Tokenizer",
+                                  "TokenizersBackend", None])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_configuration_read_before_changes_nothing(
+    tmp_path: Path, make: Callable[[], Backend], kind: str | None, family: str
+) -> None:
+    """Whatever class transformers chooses by model and tokenizer_config.json, it is the same and holds the same."""
+    backend = make()
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<|turn|>")])
+    backend.add_tokens([AddedToken("plain added", single_word=True), AddedToken("日本", lstrip=True)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(written | {"tokenizer_class": kind}))
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    names = {"architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family}
+    (tmp_path / "config.json").write_text(json.dumps(names | sizes))
+    try:
+        reference = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    except (ValueError, TypeError, AttributeError) as error:  # a class that cannot read such a file
+        with pytest.raises(type(error)):
+            Tokenizer(tmp_path, model_config=read_spec(tmp_path).config)
+        return
+    tokenizer = Tokenizer(tmp_path, model_config=read_spec(tmp_path).config)
+    ours = tokenizer._tokenizer
+    assert type(ours) is type(reference)
+    assert ours.backend_tokenizer.to_str() == reference.backend_tokenizer.to_str()
+    assert ours.init_kwargs == reference.init_kwargs
+    text = "ab a <|turn|>é\n 👋日本 plain added</s>"
+    assert tokenizer.encode(text) == reference.encode(text)
+    chat = [{"role": "user", "content": text}]
+    assert ours.apply_chat_template(chat) == reference.apply_chat_template(chat)
+    assert ours.special_tokens_map == reference.special_tokens_map

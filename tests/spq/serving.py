@@ -24,8 +24,8 @@ def running_server(model: Path, *arguments: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "server", "--model", str(model), "--port", str(port), "--threads", "1", "--preset", "none",
-        "--device", "cpu", "--dtype", "float32", "--backend", "reference", "--kv-dtype", "float32",
+        sys.executable, "-m", "server", "--model", str(model), "--port", str(port), "--threads", "1",
+        "--preset", "none", "--device", "cpu", "--dtype", "float32", "--backend", "reference", "--kv-dtype", "float32",
         "--kv-memory", "64MiB", *arguments,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SPQ_")} | {"HF_HUB_OFFLINE": "1"}

@@ -139,7 +139,7 @@ def test_parts_that_break_or_hang_lose_no_other(capsys, monkeypatch):
     report = check.as_json()
     assert json.loads(json.dumps(report)) == report
     text = gpu_check.markdown(report)
-    assert "## gemm" in text and "stopped after" in text and "| correctness/wrong | 1 | 1 | 2 |" in text
+    assert "## gemm" in text and "stopped after" in text and "| correctness/wrong | 1 | 1 | 2 |  |" in text
     assert "gemm/slow: FAILED" in capsys.readouterr().out
 
 
@@ -147,6 +147,71 @@ def test_what_does_not_fit_the_time_limit_is_not_started():
     check = gpu_check.Check(["bandwidth"], [sys.executable, "-c", SCRIPT], time_limit_s=0.0, jobs=1)
     check.run({name: ["bandwidth"] if name == "bandwidth" else [] for name in gpu_check.SECTIONS})
     assert "time limit" in check.sections["bandwidth"][0].error
+
+
+def test_the_sanitizer_watches_everything_and_says_where_it_is_missing(tmp_path, monkeypatch):
+    watched = gpu_check.sanitizer_parts()
+    assert {part for tool, part in watched if tool == "memcheck"} == set(check_part.parts("correctness"))
+    assert {part.split("/")[2] for tool, part in watched if tool == "racecheck"} == set(gpu_check._SHARING)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = gpu_check.Check(["sanitizer"], [sys.executable, "-c", SCRIPT], time_limit_s=100, jobs=4)
+    check.run({name: [] for name in gpu_check.SECTIONS})
+    assert check.ok and len(check.sections["sanitizer"]) == len(watched)
+    assert "| compute-sanitizer is not on the PATH |" in gpu_check.markdown(check.as_json())
+
+
+def test_what_the_sanitizer_finds_fails(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho \'{"ok": true, "limit": 1.0, "error": 0.5}\'\n'
+        'echo "= Invalid write $2 $PYTORCH_NO_CUDA_MEMORY_CACHING"\nexit $4\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(gpu_check, "sanitizer_parts", lambda: [("racecheck", "correctness/float16/embed")])
+    check = gpu_check.Check(["sanitizer"], ["python"], time_limit_s=100, jobs=1)
+    check.run({name: [] for name in gpu_check.SECTIONS})
+    (part,) = check.sections["sanitizer"]
+    assert not check.ok and len(part.rows) == 1
+    assert "exit status 9" in part.error and "Invalid write racecheck 1" in part.error
+
+
+def test_the_serving_benchmark_is_started_with_the_time_that_is_left(monkeypatch):
+    commands = []
+
+    def run_part(command, name, timeout_s):
+        commands.append([*command, name])
+        kernels = json.loads(Path(command[command.index("--kernels") + 1]).read_text())
+        assert list(kernels["sections"]) == ["gemm", "serving"]
+        Path(name).write_text(json.dumps({"bars": [{"bar": "x", "verdict": "met"}], "parts": []}))
+        Path(command[command.index("--markdown") + 1]).write_text("tables")
+        return gpu_check.Part(name)
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    check = gpu_check.Check(["gemm", "serving"], [], time_limit_s=100, jobs=1)
+    check.serve(["--small"])
+    (command,) = commands
+    assert 0 < float(command[command.index("--time-limit") + 1]) <= 100 - gpu_check._CLOSING_S
+    assert "--small" in command and command[1:3] == ["-m", "benchmarks.gpu_serving"]
+    report = check.as_json()
+    assert report["serving"]["bars"] == report["sections"]["serving"][0]["rows"] and check.ok
+    assert check.serving_tables == "tables" and "| bar |" not in gpu_check.markdown(report)
+    late = gpu_check.Check(["serving"], [], time_limit_s=1, jobs=1)
+    late.serve([])
+    assert len(commands) == 1 and "time limit" in late.sections["serving"][0].error
+
+
+def test_a_part_is_asked_to_end_before_it_is_killed(tmp_path):
+    ended = tmp_path / "ended"
+    script = (
+        "import signal, sys, time\nfrom pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (Path(sys.argv[-1]).touch(), sys.exit(1)))\n"
+        "print('ready', flush=True)\ntime.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(ended)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    gpu_check._end(process)
+    assert ended.exists() and process.returncode == 1
 
 
 def test_a_part_is_a_process_of_its_own(device):
@@ -175,7 +240,7 @@ def test_an_unknown_section_is_refused(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path):
     out, table = tmp_path / "check.json", tmp_path / "check.md"
-    sections = "environment,correctness,bandwidth,gemm,attention,decode"
+    sections = "environment,correctness,sanitizer,bandwidth,gemm,attention,decode,serving"
     arguments = ["--small", "--sections", sections, "--out", str(out), "--markdown", str(table)]
     assert gpu_check.main(arguments) == 0
     assert json.loads(out.read_text())["ok"] and "## gemm" in table.read_text()

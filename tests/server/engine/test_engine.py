@@ -53,6 +53,8 @@ async def running(scheduler: Scheduler, runner: Runner, max_queue: int = 256) ->
 class FakeRunner:
     """Draws the index of the output token; may be slow, or fail at a step."""
 
+    runs_ahead = False
+
     def __init__(self, seconds: float = 0.0, fail_at: int | None = None) -> None:
         self.seconds = seconds
         self.fail_at = fail_at

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from array import array
+from dataclasses import fields
 
 import pytest
 import torch
 
 from server.core import SamplingParams, ScheduledBatch, Sequence, Timings, Work
 from server.engine import inputs
-from server.engine.transfer import ALIGN, as_tensor, download, pack, upload
+from server.engine.transfer import ALIGN, Download, as_tensor, pack, upload
 
 SIZE = 4
 CPU = torch.device("cpu")
@@ -70,12 +71,23 @@ def test_a_token_that_scores_its_prompt_is_not_decode_only() -> None:
     assert not host.is_decode_only
 
 
+def test_decodes_collected_by_column_are_those_collected_one_by_one() -> None:
+    pieces = (work(8, 1, 9, 5, first_page=10), work(4, 1, 5, 3, first_page=3), work(12, 1, 13, 2, first_page=7),
+              work(2, 5, 9, 9, False), work(0, 1, 1, 1))  # fmt: skip
+    one_by_one = inputs.collect(ScheduledBatch(pieces), SIZE, inputs.PageTables())
+    by_column = inputs.collect(ScheduledBatch(pieces, 3), SIZE, inputs.PageTables())
+    assert torch.equal(one_by_one.tables, by_column.tables)
+    for name in (f.name for f in fields(inputs.HostInputs) if f.name != "tables"):
+        assert getattr(by_column, name) == getattr(one_by_one, name), name
+    assert by_column.num_decodes == 3
+
+
 def test_tables_follow_their_sequences_whatever_changes() -> None:
     rng = random.Random(1)
     kept = inputs.PageTables()
     tables = [[1], [2, 3]]
     for _ in range(300):
-        change = rng.randrange(5)
+        change = rng.randrange(6)
         row = rng.randrange(len(tables))
         if change == 0:
             tables.insert(row, [rng.randrange(99) for _ in range(rng.randrange(1, 40))])
@@ -83,15 +95,16 @@ def test_tables_follow_their_sequences_whatever_changes() -> None:
             tables.pop(row)
         elif change == 2:
             tables[row].append(rng.randrange(99))
-        elif change == 3:
-            tables[row][rng.randrange(len(tables[row]))] = rng.randrange(99)
-        elif len(tables[row]) > 1:
-            tables[row].pop()
+        elif change == 3:  # its pages went back and it got others, maybe as many: another list
+            tables[row] = [rng.randrange(99) for _ in tables[row]]
+        elif change == 4:
+            tables[row] = tables[row][: max(1, len(tables[row]) - 1)]
+        else:
+            tables.reverse()
         width = -(-max(map(len, tables)) // inputs.TABLE_STEP) * inputs.TABLE_STEP
         filled = kept.fill(tables)
         assert filled.tolist() == [table + [0] * (width - len(table)) for table in tables]
         filled.fill_(-1)  # a step in progress owns its copy
-        tables = [list(table) for table in tables]
 
 
 def test_packed_columns_come_back_from_one_aligned_buffer() -> None:
@@ -104,7 +117,7 @@ def test_packed_columns_come_back_from_one_aligned_buffer() -> None:
         assert torch.equal(view, as_tensor(column))
     for column, view in zip(columns, upload(columns, CPU), strict=True):
         assert torch.equal(view, as_tensor(column))
-    assert [t.tolist() for t in download([matrix, torch.ones(1)])] == [matrix.tolist(), [1.0]]
+    assert [t.tolist() for t in Download([matrix, torch.ones(1)]).wait()] == [matrix.tolist(), [1.0]]
 
 
 @pytest.mark.gpu
@@ -114,5 +127,5 @@ def test_packed_columns_reach_the_device() -> None:
     columns = [array("q", range(1000)), array("i", [7]), array("d", [0.5])]
     sent = upload(columns, device)
     assert all(t.is_cuda for t in sent)
-    for column, back in zip(columns, download(sent), strict=True):
+    for column, back in zip(columns, Download(sent).wait(), strict=True):
         assert torch.equal(back, as_tensor(column))

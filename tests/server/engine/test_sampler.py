@@ -9,7 +9,7 @@ import torch
 
 from server.core import SamplingParams, Sequence, Timings
 from server.engine import penalties
-from server.engine.sampler import sample, uniform
+from server.engine.sampler import Draw, uniform
 from server.engine.transfer import upload
 
 VOCAB = 50
@@ -28,7 +28,7 @@ def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
 def draws(row: torch.Tensor, count: int = 4000, **params: object) -> torch.Tensor:
     """Frequencies of `count` independent draws from one row of logits."""
     sequences = [sequence(seed=i, **params) for i in range(count)]
-    ids = [t.token_id for t in sample(row.repeat(count, 1), sequences)]
+    ids = [t.token_id for t in Draw(row.repeat(count, 1), sequences).read()]
     return torch.bincount(torch.tensor(ids), minlength=VOCAB) / count
 
 
@@ -43,7 +43,7 @@ def adjusted(row: torch.Tensor, item: Sequence) -> torch.Tensor:
 
 def test_temperature_zero_is_argmax() -> None:
     rows = logits(5)
-    assert [t.token_id for t in sample(rows.clone(), [sequence(temperature=0.0) for _ in range(5)])] == (
+    assert [t.token_id for t in Draw(rows.clone(), [sequence(temperature=0.0) for _ in range(5)]).read()] == (
         rows.argmax(-1).tolist()
     )
 
@@ -71,9 +71,9 @@ def test_truncations_leave_exactly_the_tokens_they_should() -> None:
 def test_a_seed_draws_the_same_whatever_shares_the_batch() -> None:
     rows = logits(6, seed=2)
     kinds = [{"top_k": 5}, {}, {"temperature": 0.0}, {"top_p": 0.7}, {"min_p": 0.1}, {"logprobs": 2}]
-    together = sample(rows.clone(), [sequence(seed=7, **k) for k in kinds])
+    together = Draw(rows.clone(), [sequence(seed=7, **k) for k in kinds]).read()
     for i, kind in enumerate(kinds):
-        assert sample(rows[i : i + 1].clone(), [sequence(seed=7, **kind)])[0] == together[i]
+        assert Draw(rows[i : i + 1].clone(), [sequence(seed=7, **kind)]).read()[0] == together[i]
 
 
 def test_uniform_is_uniform_and_distinct() -> None:
@@ -100,30 +100,30 @@ def test_penalties_match_their_definitions() -> None:
 def test_logit_bias_forces_and_forbids() -> None:
     row = logits(seed=4)
     best = int(row.argmax())
-    assert sample(row.clone(), [sequence(temperature=0.0, logit_bias=((best, -100.0),))])[0].token_id != best
-    assert sample(row.clone(), [sequence(temperature=0.0, logit_bias=((17, 100.0),))])[0].token_id == 17
+    assert Draw(row.clone(), [sequence(temperature=0.0, logit_bias=((best, -100.0),))]).read()[0].token_id != best
+    assert Draw(row.clone(), [sequence(temperature=0.0, logit_bias=((17, 100.0),))]).read()[0].token_id == 17
 
 
 def test_min_tokens_forbids_every_end() -> None:
     row = torch.zeros(1, VOCAB)
     row[0, 3], row[0, 4] = 50.0, 40.0
     ends = {"eos_token_ids": frozenset({3}), "stop_token_ids": frozenset({4}), "temperature": 0.0}
-    assert sample(row.clone(), [sequence(min_tokens=1, **ends)])[0].token_id not in (3, 4)
-    assert sample(row.clone(), [sequence(output=(8,), min_tokens=1, **ends)])[0].token_id == 3
+    assert Draw(row.clone(), [sequence(min_tokens=1, **ends)]).read()[0].token_id not in (3, 4)
+    assert Draw(row.clone(), [sequence(output=(8,), min_tokens=1, **ends)]).read()[0].token_id == 3
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
     row = logits(seed=5)
     scores = torch.log_softmax(row[0], -1)
-    token = sample(row.clone(), [sequence(temperature=0.0, logprobs=3, logit_bias=((11, 100.0),))])[0]
+    token = Draw(row.clone(), [sequence(temperature=0.0, logprobs=3, logit_bias=((11, 100.0),))]).read()[0]
     assert token.logprobs is not None
     assert token.token_id == 11
     assert token.logprobs.logprob == pytest.approx(scores[11].item())
     assert token.logprobs.rank == int((scores > scores[11]).sum()) + 1
     assert [i for i, _ in token.logprobs.top] == scores.topk(3).indices.tolist()
-    assert sample(row.clone(), [sequence(logprobs=0)])[0].logprobs.top == ()  # type: ignore[union-attr]
+    assert Draw(row.clone(), [sequence(logprobs=0)]).read()[0].logprobs.top == ()  # type: ignore[union-attr]
 
 
 def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
     row = logits(seed=6)
-    assert sample(row.clone(), [sequence(temperature=1e-30)])[0].token_id == int(row.argmax())
+    assert Draw(row.clone(), [sequence(temperature=1e-30)]).read()[0].token_id == int(row.argmax())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from server.core import SamplingParams, Sequence, Timings
 from server.engine import draw
-from server.engine.sampler import GREEDY_BELOW, sample, uniform
+from server.engine.sampler import GREEDY_BELOW, Draw, uniform
 
 VOCABS = (7, 300, 1024, 1300, 2048)  # fewer than the first candidates, more, whole blocks and not
 
@@ -98,7 +98,7 @@ def test_all_rows_at_once_choose_what_each_would_alone(
         Sequence(str(i), ids, 1 + i % len(ids), p, Timings(0.0))
         for i, (p, ids) in enumerate(zip(params, tokens, strict=True))
     ]
-    found = sample(logits.clone(), sequences)
+    found = Draw(logits.clone(), sequences).read()
     assert [t.token_id for t in found] == [reference(row, s) for row, s in zip(logits, sequences, strict=True)]
     raw = torch.log_softmax(logits, -1)
     for row, token, p in zip(raw, found, params, strict=True):
@@ -151,6 +151,6 @@ def test_rows_without_a_clear_best_are_drawn_from_all() -> None:
     sequences = [
         Sequence("s", [1], 1, SamplingParams(max_tokens=9, seed=i, top_p=0.999), Timings(0.0)) for i in range(300)
     ]
-    ids = [t.token_id for t in sample(torch.zeros(300, 4000), sequences)]
+    ids = [t.token_id for t in Draw(torch.zeros(300, 4000), sequences).read()]
     assert max(ids) > 3500  # among equals the last ids are 0.999 * 4000 at most; no list of candidates reaches them
     assert len(set(ids)) > 250

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.ops import BackendName
 from server.core import Sequence
-from server.engine import runner, sampler, transfer
+from server.engine import sampler, transfer
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 PARAMS: list[dict[str, object]] = [
@@ -59,7 +59,7 @@ def test_no_operation_of_a_step_waits(backend: BackendName, tmp_path: Path) -> N
     harness = Harness(tmp_path, backend=backend)
     count = 6 if backend == "cpu" else 2
     # the interpreter itself reads numbers from tensors, so under it only what follows the model is watched
-    watched = harness.runner.run if backend == "cpu" else sampler.sample
+    watched = harness.runner.run if backend == "cpu" else sampler.Draw
     with Watch() as watch:
         torch.ones(3)[torch.ones(3, dtype=torch.bool)].sum().item()
     assert len(watch.found) >= 2  # it sees what it should
@@ -73,7 +73,7 @@ def test_no_operation_of_a_step_waits(backend: BackendName, tmp_path: Path) -> N
         if backend == "cpu":
             patch.setattr(harness.runner, "run", under_watch)
         else:
-            patch.setattr(sampler, "sample", under_watch)
+            patch.setattr(sampler, "Draw", under_watch)
         harness.run(sequences(harness, count))
     assert watch.found == []
 
@@ -92,14 +92,15 @@ def test_a_gpu_is_waited_for_where_results_come_back(tmp_path: Path, monkeypatch
         yield
         torch.cuda.set_sync_debug_mode("error")
 
-    def download(tensors: Any) -> list[torch.Tensor]:
+    wait = transfer.Download.wait
+
+    def counted(download: transfer.Download) -> list[torch.Tensor]:
         nonlocal waits
         waits += 1
         with allowed():
-            return transfer.download(tensors)
+            return wait(download)
 
-    for module in (runner, sampler):
-        monkeypatch.setattr(module, "download", download)
+    monkeypatch.setattr(transfer.Download, "wait", counted)
     items = [s for s in sequences(harness) if s.params.prompt_logprobs is None]
     steps: list[int] = []
     torch.cuda.set_sync_debug_mode("error")

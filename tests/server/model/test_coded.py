@@ -16,6 +16,7 @@ from server.core import SamplingParams, TokenLogprobs
 from server.engine.build import build_engine, pick_resident
 from server.engine.engine import Engine, GenerationRequest
 from server.model.coded import CodedLayers
+from server.model.llama import Llama
 from server.model.load import load_model
 from spq.checkpoint import open_model
 from spq.compress import compress
@@ -80,6 +81,19 @@ def test_coded_layers_answer_bit_for_bit_as_decoded_ones(packed: Path) -> None:
     assert sum(after[k] for k in ("weights", "low_rank", "coded", "arena")) < before["weights"] + before["low_rank"]
     assert sum(after.values()) == pytest.approx(sum(before.values()), abs=64 * MIB)
     assert answers(decoded) == answers(coded)
+
+
+@pytest.mark.parametrize("kept", [(), (0,), (3, 4), (0, 2, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7)])
+def test_any_layers_may_stay_coded(packed: Path, kept: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd and an even number of coded layers, neighbours or not, also two and one: other rings."""
+
+    def keep(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype, tolerance: float) -> None:
+        layers.keep_decoded(kept)
+        assert len(layers.coded) == 9 - len(kept)
+
+    expected = answers(build(packed))
+    monkeypatch.setattr("server.engine.build.settle", keep)
+    assert answers(build(packed, resident="coded")) == expected
 
 
 def test_without_tolerance_nothing_is_slower_so_nothing_is_coded(packed: Path) -> None:

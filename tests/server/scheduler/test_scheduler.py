@@ -8,7 +8,8 @@ import pytest
 
 from server.core import FinishReason, SampledToken, SamplingParams, ScheduledBatch, Sequence, Timings
 from server.scheduler.blocks import BlockManager
-from server.scheduler.scheduler import MAX_BYPASS, Scheduler
+from server.scheduler.queue import MAX_BYPASS
+from server.scheduler.scheduler import Scheduler
 
 
 def make(num_blocks: int = 64, *, budget: int = 32, seqs: int = 8, reserve: float = 1.0, limit: int = 512) -> Scheduler:
@@ -138,7 +139,7 @@ def test_the_second_of_two_equal_prompts_takes_its_pages_from_the_first() -> Non
     step(scheduler)
     scheduler.add(second)
     step(scheduler)
-    assert second.num_cached_tokens == 20 and scheduler.prefix_hits == 20 and scheduler.prefix_queries == 42
+    assert second.num_cached_tokens == 20 and scheduler.queue.prefix_hits == 20 and scheduler.queue.prefix_queries == 42
 
 
 def test_a_budget_without_room_for_prefill_is_refused() -> None:
