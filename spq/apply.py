@@ -15,6 +15,7 @@ from kernels.weights import CorrectedWeight, DenseWeight, Int8Weight, Leaf, Line
 from spq.config import SPQConfig
 from spq.correct import error_spectrum, int8_factor, low_rank_correction
 from spq.decoder import InputName
+from spq.errors import OptionError
 from spq.feedback import feedback_int4, feedback_int8
 from spq.manifest import Stored
 from spq.quantize import GranularityRule, quantize
@@ -87,12 +88,15 @@ class Applier:
     ) -> Leaf:  # fmt: skip
         options = self.options
         leaf: Leaf
-        if stored == "dense" or not options.feedback or second is None:
-            leaf = self._rounded(name, weight, bias, stored, None if second is None else second.diagonal())
-        elif stored == "int8":
-            leaf = feedback_int8(weight, second, bias=bias)
-        else:
-            leaf = feedback_int4(weight, second, options.group, options.symmetric, search=True, bias=bias)
+        try:
+            if stored == "dense" or not options.feedback or second is None:
+                leaf = self._rounded(name, weight, bias, stored, None if second is None else second.diagonal())
+            elif stored == "int8":
+                leaf = feedback_int8(weight, second, bias=bias)
+            else:
+                leaf = feedback_int4(weight, second, options.group, options.symmetric, search=True, bias=bias)
+        except OptionError as error:
+            raise OptionError(f"{name}: {error}") from error
         if options.integer_pruning == 0 or channel_max is None or isinstance(leaf, DenseWeight):
             return leaf
         limits, share = channel_max.cpu(), options.integer_pruning

@@ -54,6 +54,7 @@ def compress(
     text is only read where options.uses_pruning. Raises SpqError: a damaged or unsupported source, weights that are
     not finite, a text that is too short, an `out` that exists (unless `overwrite`) or cannot be written.
     """
+    remove_orphans(out)
     refuse_existing(out, overwrite)
     checkpoint = open_model(source)
     if checkpoint.manifest is not None:
@@ -66,7 +67,6 @@ def compress(
     if options.uses_text:
         with clock.stage("tokenize", 0, 0.0):
             windows, spare = _windows(source, checkpoint, options, calibration_text)
-    remove_orphans(out)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -83,6 +83,10 @@ def compress(
             recode(temporary, made, "zstd")
             report = read_report(made)
         put_in_place(made, out, overwrite)
+    except OSError as error:
+        if error.errno is None:  # transformers raises those for what it cannot load
+            raise
+        raise OutputError(f"{out}: cannot be written ({error}); free some disk space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report

@@ -26,10 +26,18 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def remove_orphans(out: Path) -> None:
-    """Delete the temporary folders of runs for the same `out` whose process is gone: killed ones cannot do it."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+    """Delete what runs for the same `out` left whose process is gone: killed ones cannot do it.
+
+    A model that a run had moved aside, and was killed before its own took the place, is put back. In a container a
+    later run may have the number of the killed one: what carries our own number before we made it is an orphan too.
+    """
+    for folder in [path for kind in ("old", "tmp") for path in out.parent.glob(f".{glob.escape(out.name)}.*.{kind}")]:
         process = folder.name.split(".")[-2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+        if not process.isdecimal() or (int(process) != os.getpid() and Path(f"/proc/{process}").exists()):
+            continue
+        if folder.suffix == ".old" and not out.exists():
+            os.replace(folder, out)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from spq.apply import INPUT_OF
 from spq.architecture import ATTENTION
 from spq.config import SPQConfig
 from spq.decoder import InputName, LayerRunner
-from spq.errors import ModelFileError
+from spq.errors import ModelFileError, OutputError
 from spq.layout import EMBEDDING, HEAD, layer_linears, linear_path
 from spq.manifest import Stored
 from spq.moments import Moments
@@ -94,6 +95,12 @@ class Rules:
         down, up = (read_tensor(found[name]).to(self.source.device) for name in ("down", "up"))
         return down, up
 
+    def _spool(self, module: str, down: Tensor, up: Tensor) -> None:
+        try:
+            save_file({"down": down.cpu(), "up": up.cpu()}, self.spool / f"{module}.safetensors")
+        except SafetensorError as error:  # its own kind of OSError
+            raise OutputError(f"{self.spool}: {module} cannot be written ({error}); free some disk space") from error
+
     def _factorise(
         self,
         layer: int,
@@ -118,7 +125,7 @@ class Rules:
                     down, up = residual_factors(weight, second, choice.rank, options.svd_residual, options.sigma)
                 else:
                     down, up = spectrum.factors(choice.rank, options.sigma)
-                save_file({"down": down.cpu(), "up": up.cpu()}, self.spool / f"{module}.safetensors")
+                self._spool(module, down, up)
                 approximated[f"{linear_path(local)}.weight"] = up @ down
         return approximated
 
