@@ -5,7 +5,8 @@ Not the command line (`cli`), and not what came out of a run (`manifest`, `repor
 Presets
 - `default`: SPQ with the weaknesses of the released code repaired: sigma on the `down` factor (one scale per rank
   direction absorbs it exactly), a pair only where it saves bytes by a margin, ranks and widths on a tile, row scales
-  everywhere, int8 embedding, contiguous calibration windows without padding.
+  everywhere, int8 embedding, neurons scored by the energy they bring to the output and the kept ones refitted,
+  contiguous calibration windows without padding.
 - `paper`: the rules of the code released with arXiv 2602.18420 (Yao & Gultepe 2026): rank rule with its clamp and
   truncation, the 0.8 rule, the parameter test, sigma in the second factor, `mix_name` granularity (one scale per
   attention matrix or factor), no rounding, float embedding, 8 windows of 128 tokens. Two of its habits are not
@@ -79,10 +80,11 @@ class SPQConfig(BaseModel):
     )
 
     prune_score: PruneScore = Field(
-        "up", description="a neuron's worth: mean |up_proj output|, or energy of down_proj's input times column norm"
+        "energy",
+        description="a neuron's worth: mean |up_proj output|, or energy of down_proj's input times column norm",
     )
     compensation: Compensation = Field(
-        "none",
+        "refit",
         description="for dropped neurons: nothing, their mean as a bias, or a least-squares fit of the kept ones",
     )
 
@@ -149,8 +151,6 @@ class SPQConfig(BaseModel):
             raise ValueError(f"feedback with granularity {self.granularity}: only row scales are fed back; use channel")
         if self.svd_residual > 0 and self.svd_metric != "whitened":
             raise ValueError("svd_residual with the plain metric changes nothing (Eckart-Young); use whitened")
-        if self.compensation != "none" and not self.uses_pruning and not self.has_budget:
-            raise ValueError(f"compensation {self.compensation} without pruning; set max_prune_ratio")
         return self._check_budget()
 
     def _check_budget(self) -> Self:
@@ -209,6 +209,9 @@ class SPQConfig(BaseModel):
         values: dict[str, Any] = {"name": name, **_PRESETS[name], **overrides}
         if overrides.get("quantize") is False:
             values["quantize_embedding"] = overrides.get("quantize_embedding", False)
+        for option in ("compensation", "prune_score"):
+            if option in overrides and float(values.get("max_prune_ratio", 1.0)) == 0.0 and name != "budget":
+                raise OptionError(f"{option} {overrides[option]} without pruning; set max_prune_ratio")
         try:
             return cls(**values)
         except ValidationError as error:
@@ -222,6 +225,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "rank_rule": "released",
+        "prune_score": "up",
+        "compensation": "none",
         "sigma": "up",
         "min_saving": 0.0,
         "rank_multiple": 1,
@@ -237,8 +242,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "variance_threshold": 1.0,
         "max_prune_ratio": 0.0,
         "svd_metric": "whitened",
-        "prune_score": "energy",
-        "compensation": "refit",
         "feedback": True,
     },
 }

@@ -29,7 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "residual": SVD | {"svd_metric": "whitened", "svd_residual": 0.25},
     "last_layers": SVD | {"svd_last_layers": 1},
     "pairs_of_int4": SVD | {"bits": 4},
-    "energy": PRUNE | {"prune_score": "energy"},
+    "energy": PRUNE | {"prune_score": "energy", "compensation": "none"},
+    "up": PRUNE | {"prune_score": "up", "compensation": "none"},
     "bias": PRUNE | {"prune_score": "energy", "compensation": "bias"},
     "bias_float": PRUNE | {"compensation": "bias", "quantize": False},
     "refit": PRUNE | {"compensation": "refit"},
@@ -44,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "coded": NONE | {"integer_pruning": 0.6, "entropy_coding": True},
     "everything": {
         "variance_threshold": 0.6, "max_prune_ratio": 0.3, "svd_metric": "whitened", "prune_score": "energy",
-        "compensation": "refit", "bits": 4, "embedding_bits": 4, "symmetric": True, "feedback": True,
+        "bits": 4, "embedding_bits": 4, "symmetric": True, "feedback": True,
         "correction_rank": 4, "scaling_alpha": 0.3, "integer_pruning": 0.2, "entropy_coding": True,
     },
 }  # fmt: skip
@@ -124,6 +125,7 @@ def test_only_the_last_layers_are_factorised(make_model: Callable[..., Path], te
     [
         ({"svd_residual": 0.2}, "svd_residual with the plain metric changes nothing"),
         ({"compensation": "bias", "max_prune_ratio": 0.0}, "compensation bias without pruning"),
+        ({"prune_score": "up", "max_prune_ratio": 0.0}, "prune_score up without pruning"),
         ({"quantize": False, "bits": 4}, "bits without quantize"),
         ({"quantize": False, "entropy_coding": True}, "entropy_coding without quantize"),
         ({"bits": 4, "integer_pruning": 0.1}, "integer_pruning at 4 bits with zero points"),
