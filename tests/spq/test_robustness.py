@@ -217,7 +217,7 @@ def test_a_full_disk_ends_cleanly(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(place, full)
-    source = make_model()
+    source = edit(make_model(), rank_one)  # which is sure to become factor pairs
     with pytest.raises(OutputError, match=r"cannot be (written|put in place).*No space left"):
         packed(source, tmp_path / "out", text, name)
     assert not (tmp_path / "out").exists() and not left_over(tmp_path)
