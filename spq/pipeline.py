@@ -88,8 +88,9 @@ class Pipeline:
         """Write a layer; returns its weights as stored, in the float layer's shapes: dropped neurons are zero."""
         spec, width = self.source.spec, self.decision.widths[layer]
         prefix = spec.layer_prefix(layer)
+        scales: dict[InputName, Tensor] = {}
         if moments is not None and self.options.scaling_alpha > 0:
-            self._scale(state, moments)
+            scales = self._scale(state, moments)
         for name in layer_vectors(spec, layer):
             vector = state[name.removeprefix(f"{prefix}.")]
             self.writer.add(name, vector.to("cpu", self.source.read(name).dtype))
@@ -114,7 +115,9 @@ class Pipeline:
             recipe = self.decision.recipes[module]
             factors = None
             if recipe.rank is not None and self.factors is not None:
-                factors = self.factors(module)
+                down, up = self.factors(module)
+                scale = scales.get(INPUT_OF[local])
+                factors = (down if scale is None else down * scale, up)  # they were made before the scaling
             written = self.writer.tensor_bytes
             linear = self.applier.store(
                 module, weight, bias, recipe, second=second, channel_max=channel_max, factors=factors
@@ -128,8 +131,11 @@ class Pipeline:
                 result |= _as_float_layer(inside, linear, before, kept if local in MLP else None)
         return result
 
-    def _scale(self, state: dict[str, Tensor], moments: LayerMoments) -> None:
-        """Compression-aware scaling of the matrices behind a norm, in place: W diag(s), norm / s, moments of x / s."""
+    def _scale(self, state: dict[str, Tensor], moments: LayerMoments) -> dict[InputName, Tensor]:
+        """Compression-aware scaling of the matrices behind a norm, in place: W diag(s), norm / s, moments of x / s.
+
+        Returns s of each input."""
+        scales: dict[InputName, Tensor] = {}
         for name, norm in NORMS.items():
             inputs = moments[name]
             scale = channel_scales(inputs.peak, self.options.scaling_alpha).to(self.source.device)
@@ -140,6 +146,8 @@ class Pipeline:
             inputs.second.div_(scale.double().outer(scale.double()))
             inputs.mean.div_(scale)
             inputs.peak.div_(scale)
+            scales[name] = scale
+        return scales
 
     def _drop_inputs(
         self, weight: Tensor, bias: Tensor | None, kept: Tensor, moments: LayerMoments | None

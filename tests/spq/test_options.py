@@ -90,6 +90,14 @@ def test_scaling_alone_changes_nothing_in_float(make_model: Callable[..., Path],
     torch.testing.assert_close(logits_of(tmp_path / "out", ids), logits_of(source, ids), rtol=1e-4, atol=1e-4)
 
 
+def test_scaling_leaves_factor_pairs_what_they_are(make_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    source, ids = make_model(), torch.arange(3, 40)[None]
+    for number, alpha in enumerate((0.0, 0.8)):
+        compressed(source, tmp_path / str(number), text, **SVD, scaling_alpha=alpha, quantize=False)
+    assert open_model(tmp_path / "1").manifest.modules["model.layers.0.self_attn.q_proj"].kind == "low_rank"  # type: ignore[union-attr]
+    torch.testing.assert_close(logits_of(tmp_path / "1", ids), logits_of(tmp_path / "0", ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("compensation", ["bias", "refit"])
 def test_compensation_helps(make_model: Callable[..., Path], text: str, tmp_path: Path, compensation: str) -> None:
     source = make_model()

@@ -119,7 +119,7 @@ def assert_near(out: Path, source: Path, text: str) -> None:
     """Random weights amplify every rounding; what is wrong altogether has an error of 1 and more."""
     wanted, found = logits_of(source, text), logits_of(out, text)
     assert bool(torch.isfinite(found).all())
-    assert float((found - wanted).square().mean() / wanted.square().mean()) < 0.5
+    assert float((found - wanted).square().mean() / wanted.square().mean()) < 0.7
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -217,7 +217,7 @@ def test_a_full_disk_ends_cleanly(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(place, full)
-    source = make_model()
+    source = edit(make_model(), rank_one)  # which is sure to become factor pairs
     with pytest.raises(OutputError, match=r"cannot be (written|put in place).*No space left"):
         packed(source, tmp_path / "out", text, name)
     assert not (tmp_path / "out").exists() and not left_over(tmp_path)
