@@ -83,7 +83,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> None:
 
         trials = Trials(
             source=case.folder, texts=[beginning(text, arguments.max_tokens) for text in case.texts],
-            calibration=case.calibration, setting=case.setting, scratch=Path(scratch), rows_file=rows_file(arguments.rows, case), max_tokens=arguments.max_tokens,
+            calibration=case.calibration, setting=case.setting, scratch=Path(scratch),
+            rows_file=rows_file(arguments.rows, case), max_tokens=arguments.max_tokens,
             threads=arguments.threads, speed=arguments.speed, on_row=on_row,
         )  # fmt: skip
         trials.run([arguments.gptq / f"{case.name}-{bits}" for bits in (8, 4)] if arguments.gptq else [])

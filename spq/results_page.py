@@ -22,6 +22,7 @@ from spq.variants import BUDGET_BITS, DEFAULT, FLOAT16, INT8, Setting, budget_na
 
 MIB = 1 << 20
 WITHIN = 0.05  # what a prediction should keep to
+NUM_PARTS = 6  # families of `variants.parts`
 EQUAL = 0.01  # bytes that differ by less are called equal
 NO_GPTQ = "GPTQ: not run here, needs GPTQModel (benchmarks/README.md)."
 HEAD = ("file KiB", "bits/weight", "resident KiB")
@@ -111,7 +112,9 @@ def ensemble(rows: Mapping[str, Row]) -> str:
     if whole is None or not whole.texts:
         return "Not measured."
     text, score = next(iter(whole.texts.items()))
-    said, beaten, lost = [], [], []
+    said: list[str] = []
+    beaten: list[str] = []
+    lost: list[str] = []
     for name, row in rows.items():
         if not name.endswith(f"{AT}{DEFAULT}") or not row.texts or name.startswith("SPQ"):
             continue
@@ -150,11 +153,12 @@ def ensemble(rows: Mapping[str, Row]) -> str:
 
 def predictions(rows: Mapping[str, Row]) -> str:
     """The allocator's prediction beside what was measured: on its own spare windows and on the first text."""
-    base, said, off = rows[FLOAT16], [], []
+    base, said, off, seen = rows[FLOAT16], [], [], []
     for bits in BUDGET_BITS:
         row = rows.get(budget_name(bits))
         if row is None or not row.texts:
             continue
+        seen.append(bits)
         rise, predicted, measured = (row.options.get(key) for key in ("rise", "predicted", "measured"))
         text, score = next(iter(row.texts.items()))
         expected = base.texts[text].perplexity * math.exp(float(rise or 0))
@@ -168,7 +172,8 @@ def predictions(rows: Mapping[str, Row]) -> str:
             off.append(f"{bits} bits{', said to be weak by the tool' if row.options.get('weak') else ''}")
     if not said:
         return "No budgets are measured."
-    verdict = "All within 5 % from 8 to 4 bits." if not off else "**Off by more than 5 %** at: " + ", ".join(off) + "."
+    near = f"The {sum(bits >= 4 for bits in seen)} measured of the budgets of 8 to 4 bits are within 5 %."
+    verdict = near if not off else "**Off by more than 5 %** at: " + ", ".join(off) + "."
     return "Predicted / measured perplexity. " + "; ".join(said) + ". " + verdict
 
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from spq.config import SPQConfig
+from spq.judge import Judge
 from spq.results import find_cases, main
 from spq.results_page import against_gptq, ensemble, predictions, table
 from spq.rows import Row, TextScore, read_rows, write_rows
@@ -42,9 +44,12 @@ def test_gptq_is_compared_both_ways() -> None:
     [(11.0, 12.0, "**confirmed**"), (9.0, 9.5, "is **refuted**"), (9.0, 12.0, "**refuted in part**")],
 )
 def test_the_ablation_is_judged(svd: float, pruning: float, word: str) -> None:
-    parts_of = (row(f"SVD, int8{AT}{DEFAULT}", 50, svd), row(f"pruning{AT}{DEFAULT}", 50, pruning))
+    parts_of = [row(f"SVD {i}{AT}{DEFAULT}", 50, svd) for i in range(3)]
+    parts_of += [row(f"pruning {i}{AT}{DEFAULT}", 50, pruning) for i in range(3)]
     text = ensemble(named(row(DEFAULT, 50, 10.0), row(INT8, 51, 9.9), *parts_of))
     assert word in text and "int8 alone, +2.0% bytes: 9.900" in text
+    assert len(parts(SETTING)) == len(parts_of)
+    assert ensemble(named(row(DEFAULT, 50, 10.0), parts_of[0])).endswith("Not all parts are measured: no verdict.")
     too_large = ensemble(named(row(DEFAULT, 50, 10.0), row(f"SVD, float{AT}{DEFAULT}", 80, 9.0)))
     assert "cannot be made so small (+60% at its smallest" in too_large
 
@@ -54,7 +59,7 @@ def test_predictions_off_by_more_than_5_percent_are_named() -> None:
     near = row(budget_name(6), 40, 10.2, rise=0.02, predicted=10.2, measured=10.2)
     far = row(budget_name(4), 30, 12.0, rise=0.05, predicted=10.5, measured=11.9, weak=True)
     ignored = row(budget_name(3), 20, 90.0, rise=0.1)
-    assert "All within 5 %" in predictions(named(base, near, ignored))
+    assert "The 1 measured of the budgets of 8 to 4 bits are within 5 %" in predictions(named(base, near, ignored))
     text = predictions(named(base, near, far))
     assert "**Off by more than 5 %** at: 4 bits, said to be weak by the tool." in text
 
@@ -95,7 +100,7 @@ def test_rows_are_measured_and_gone_on_from(make_model: Callable[..., Path], tex
     base, int8 = rows[FLOAT16], rows[INT8]
     assert base.texts["a"].top1 == 1.0 and base.texts["b"].kl == 0.0
     assert 0.4 < (int8.file_bytes or 0) / (base.file_bytes or 1) < 0.75
-    assert "below the smallest" in str(rows[budget_name(3)].options["why_not"])
+    assert rows[budget_name(3)].texts and (rows[budget_name(3)].options["rise"] or 0) > 0
     coded = rows["double compression, alpha 0.5"]
     assert (coded.file_bytes or 0) > 0 and coded.texts["a"].perplexity > 1
     for name in ("GPTQ 4 bits", "GPTQ 4 bits, int8 embedding", DEFAULT):
@@ -108,6 +113,8 @@ def test_rows_are_measured_and_gone_on_from(make_model: Callable[..., Path], tex
     second.scratch = again
     second.run([tmp_path / "gptq"])
     assert (tmp_path / "rows.jsonl").read_bytes() == before
+    second._variant("never", SETTING.budget(100), Judge([], torch.device("cpu"), torch.float32))
+    assert "below the smallest" in str(read_rows(tmp_path / "rows.jsonl")[-1].options["why_not"])
 
 
 def test_texts_share_nothing_with_calibration(tmp_path: Path) -> None:
