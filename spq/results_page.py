@@ -139,6 +139,8 @@ def ensemble(rows: Mapping[str, Row]) -> str:
         facts += f"int8 alone, {more:+.1%} bytes: {int8.texts[text].perplexity:.3f}. "
     if budget is not None and budget.texts:
         facts += f"The allocator at those bytes: {budget.texts[text].perplexity:.3f}. "
+    if len(beaten) + len(lost) < NUM_PARTS:
+        return facts + "Not all parts are measured: no verdict."
     if not lost:
         return (
             facts + "The shape of the paper's ablation, the ensemble beats its parts at equal bytes, is **confirmed**."
