@@ -23,6 +23,7 @@ from spq.tensorfile import locate_tensors, read_tensor
 from spq.writer import copy_companions
 
 TABLE = f"{EMBEDDING}.weight"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of a packed matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,9 @@ def write_plain(found: GptqFolder, original: Path, out: Path, *, int8_table: boo
     for name in tensors:
         module, _, part = name.rpartition(".")
         if part == "qweight":
-            parts = [read_tensor(tensors[f"{module}.{key}"]) for key in ("qweight", "qzeros", "scales", "g_idx")]
-            state[f"{module}.weight"] = unpack_matrix(*parts, found.bits)
-        elif part not in ("qzeros", "scales", "g_idx"):
+            qweight, qzeros, scales, g_idx = (read_tensor(tensors[f"{module}.{key}"]) for key in PARTS)
+            state[f"{module}.weight"] = unpack_matrix(qweight, qzeros, scales, g_idx, found.bits)
+        elif part not in PARTS:
             if name not in plain:
                 raise ModelFileError(f"{found.path}: {name} is not in {original}: not a checkpoint of this model")
             state[name] = read_tensor(plain[name]).float()
