@@ -210,7 +210,8 @@ class SPQConfig(BaseModel):
         if overrides.get("quantize") is False:
             values["quantize_embedding"] = overrides.get("quantize_embedding", False)
         for option in ("compensation", "prune_score"):
-            if option in overrides and float(values.get("max_prune_ratio", 1.0)) == 0.0 and name != "budget":
+            pruned = name == "budget" or float(values.get("max_prune_ratio", 1.0)) > 0.0
+            if overrides.get(option, "none") != "none" and not pruned:
                 raise OptionError(f"{option} {overrides[option]} without pruning; set max_prune_ratio")
         try:
             return cls(**values)

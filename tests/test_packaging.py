@@ -118,7 +118,7 @@ def test_packages_hold_only_what_a_wheel_carries() -> None:
 
 def test_both_commands_exist() -> None:
     scripts = PROJECT["project"]["scripts"]
-    assert sorted(scripts) == ["spq-compress", "spq-eval", "spq-plan", "spq-serve"]
+    assert sorted(scripts) == ["spq-compress", "spq-eval", "spq-plan", "spq-search", "spq-serve"]
     for target in scripts.values():
         module, function = target.split(":")
         code = f"import importlib; print(callable(importlib.import_module({module!r}).{function}))"
