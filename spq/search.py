@@ -62,8 +62,6 @@ class Grid:
                     variance_threshold=variance,
                     svd_metric="whitened",
                     max_prune_ratio=prune,
-                    prune_score="energy",
-                    compensation="refit" if prune > 0 else "none",
                     bits=bits,
                     feedback=True,
                     correction_rank=correction,
