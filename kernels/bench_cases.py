@@ -5,6 +5,7 @@ Not how it is timed (`bench`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm, Ops
-from kernels.weights import Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import Int4Weight, Int8Weight, LinearWeight, LowRankWeight
 
 BLOCK = 16  # tokens per page
+GROUP = 128  # inputs per scale of int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +77,24 @@ def int8_weight(rows: int, columns: int) -> Int8Weight:
     return Int8Weight(torch.randint(-127, 128, (rows, columns), dtype=torch.int8), scale)
 
 
+def int4_weight(rows: int, columns: int) -> Int4Weight:
+    """The same in 4 bits, symmetric."""
+    q = torch.randint(0, 256, (rows, -(-columns // 2)), dtype=torch.uint8)
+    scale = torch.full((rows, -(-columns // GROUP)), 1 / (4.6 * columns**0.5), dtype=torch.float16)  # 4.6: of -8..7
+    return Int4Weight(q, scale, None, GROUP, columns)
+
+
 def weight_cases(ops: Ops, size: Size) -> Iterator[Case]:
-    """Int8 matrices, low-rank pairs, gate and up."""
+    """Int8 and int4 matrices, low-rank pairs, gate and up."""
     makers: list[tuple[str, dict[str, int | str], Callable[[], Any], Callable[[Tensor, Any], object], int, int]] = []
     for out, columns in size.matrices:
-        weight: LinearWeight = int8_weight(out, columns)
         shape: dict[str, int | str] = {"out": out, "in": columns}
-        makers.append(("int8_linear", shape, _prepare(ops, weight), ops.logits, weight.nbytes, out))
+        for name, weight in (("int8_linear", int8_weight(out, columns)), ("int4_linear", int4_weight(out, columns))):
+            makers.append((name, shape, _prepare(ops, weight), ops.logits, weight.nbytes, out))
     for out, columns, rank in size.pairs:
-        weight = LowRankWeight(int8_weight(rank, columns), int8_weight(out, rank))
+        pair = LowRankWeight(int8_weight(rank, columns), int8_weight(out, rank))
         shape = {"out": out, "in": columns, "rank": rank}
-        makers.append(("low_rank", shape, _prepare(ops, weight), ops.logits, weight.nbytes, out))
+        makers.append(("low_rank", shape, _prepare(ops, pair), ops.logits, pair.nbytes, out))
     for width, columns in size.gate_ups:
         gate, up = int8_weight(width, columns), int8_weight(width, columns)
         shape = {"out": width, "in": columns}
@@ -106,15 +115,9 @@ def weight_cases(ops: Ops, size: Size) -> Iterator[Case]:
 
 def _prepare(ops: Ops, *weights: LinearWeight) -> Callable[[], Any]:
     """A function that lays out a fresh copy each time."""
-
-    def copy(weight: Any) -> Any:
-        if isinstance(weight, LowRankWeight):
-            return LowRankWeight(copy(weight.down), copy(weight.up))
-        return Int8Weight(weight.qweight.clone(), weight.scale.clone())
-
     if len(weights) == 1:
-        return lambda: ops.prepare_linear(copy(weights[0]))
-    return lambda: ops.prepare_gate_up(copy(weights[0]), copy(weights[1]))
+        return lambda: ops.prepare_linear(copy.deepcopy(weights[0]))
+    return lambda: ops.prepare_gate_up(copy.deepcopy(weights[0]), copy.deepcopy(weights[1]))
 
 
 def input_cases(ops: Ops, size: Size) -> Iterator[Case]:

@@ -1,4 +1,5 @@
-"""The operations of a LLaMA on CPUs, fast enough to serve: int8 matrices stay int8, activations are float32.
+"""The operations of a LLaMA on CPUs, fast enough to serve: int8 and int4 matrices stay so, activations are
+float32.
 
 Not the definition of correct (`reference`), nor matrices (`cpu_linear`), integer products (`cpu_engines`) or attention
 (`cpu_attention`). Everything except the int8 product is plain torch.
@@ -15,31 +16,32 @@ from torch import Tensor
 
 from kernels.cpu_attention import paged_attention
 from kernels.cpu_engines import machine_choice
-from kernels.cpu_linear import FloatMatrix, Joint, Matrix, WidenedMatrix, join, lay_out
+from kernels.cpu_linear import FloatMatrix, Joint, Matrix, WidenedInt4Matrix, WidenedMatrix, join, lay_out
 from kernels.layers import Layer, attention_input_in_parts, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight
 
 
 @dataclass(slots=True)
 class Table:
     """Embedding rows as stored, and the matrix for logits where the head is tied to them."""
 
-    rows: Tensor  # [vocab, hidden], int8 or float
-    scale: Tensor | None  # float32 [vocab] for int8 rows
+    rows: Leaf  # [vocab, hidden]
     head: Matrix | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows, their scales and the head's own copy (none where it uses the rows themselves)."""
-        own = self.rows.nbytes + (0 if self.scale is None else self.scale.nbytes)
-        if self.head is None:
+        own, head, rows = self.rows.nbytes, self.head, self.rows
+        if head is None:
             return own
-        shared = (isinstance(self.head, FloatMatrix) and self.head.weight is self.rows) or (
-            isinstance(self.head, WidenedMatrix) and self.head.qweight is self.rows
+        shared = (
+            (isinstance(head, FloatMatrix) and isinstance(rows, DenseWeight) and head.weight is rows.weight)
+            or (isinstance(head, WidenedMatrix) and isinstance(rows, Int8Weight) and head.qweight is rows.qweight)
+            or (isinstance(head, WidenedInt4Matrix) and isinstance(rows, Int4Weight))
         )
-        return own if shared else own + self.head.nbytes
+        return own if shared else own + head.nbytes
 
 
 class CpuOps:
@@ -82,13 +84,10 @@ class CpuOps:
         check_gate_up(gate, up)
         return join([gate, up], self._lay_out)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Table:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Table:
         """Keep the rows; with `tied_head` also pack them as a matrix (a second copy unless the rows serve as they
-        are: float32, or int8 that is widened at each use)."""
-        head = self._lay_out([weight]) if tied_head else None
-        if isinstance(weight, Int8Weight):
-            return Table(weight.qweight, weight.scale.float(), head)
-        return Table(weight.weight, None, head)
+        are: float32, or integers that are widened at each use)."""
+        return Table(weight, self._lay_out([weight]) if tied_head else None)
 
     def nbytes(self, prepared: Joint | Table) -> int:
         """Bytes resident, packing included (an upper bound for AVX512 packing)."""
@@ -96,8 +95,13 @@ class CpuOps:
 
     def embed(self, token_ids: Tensor, table: Table) -> Tensor:
         """token_ids int64 [T] -> float32 [T, hidden]."""
-        rows = table.rows.index_select(0, token_ids).float()
-        return rows if table.scale is None else rows.mul_(table.scale.index_select(0, token_ids)[:, None])
+        rows = table.rows
+        if isinstance(rows, Int4Weight):
+            return rows.rows(token_ids).dequantize()
+        if isinstance(rows, Int8Weight):
+            scale = rows.scale.index_select(0, token_ids).float()
+            return rows.qweight.index_select(0, token_ids).float().mul_(scale[:, None])
+        return rows.weight.index_select(0, token_ids).float()
 
     def linear(self, x: Tensor, weight: Joint) -> Tensor:
         """x [T, in] -> [T, out]."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight
+from kernels.weights import Leaf, LinearWeight
 
 if TYPE_CHECKING:
     from kernels.layers import Layer
@@ -96,7 +96,7 @@ class Ops(Protocol):
         """Lay out the two MLP projections that share an input."""
         ...
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Any:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Any:
         """Lay out a table [vocab, hidden]; with `tied_head` what is returned may be given to `logits` as well."""
         ...
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.layers import Layer, attention_input_in_parts, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 
 
 class ReferenceOps:
@@ -50,27 +50,33 @@ class ReferenceOps:
         check_same_input(gate, up)
         return self.prepare_linear(gate), self.prepare_linear(up)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseWeight | Int8Weight:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Leaf:
         """The table itself, on the device."""
-        moved: DenseWeight | Int8Weight = _to(weight, self.device)
+        moved: Leaf = _to(weight, self.device)
         return moved
 
     def nbytes(self, prepared: Any) -> int:
         """Bytes of the stored tensors."""
         return sum(w.nbytes for w in prepared) if isinstance(prepared, tuple) else prepared.nbytes
 
-    def embed(self, token_ids: Tensor, table: DenseWeight | Int8Weight) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Leaf) -> Tensor:
         """token_ids [T] -> [T, hidden]."""
+        if isinstance(table, Int4Weight):
+            return table.rows(token_ids).dequantize().to(self.dtype)
         if isinstance(table, Int8Weight):
             return table.qweight[token_ids].to(self.dtype) * table.scale[token_ids, None].to(self.dtype)
         return table.weight[token_ids].to(self.dtype)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """x [T, in] -> [T, out]."""
+        if isinstance(weight, CorrectedWeight):
+            return self.linear(x, weight.main) + self.linear(x, weight.correction)
         if isinstance(weight, LowRankWeight):
             return self.linear(self.linear(x, weight.down), weight.up)
         if isinstance(weight, Int8Weight):
             y = F.linear(x, weight.qweight.to(x.dtype)) * weight.scale.to(x.dtype)
+        elif isinstance(weight, Int4Weight):
+            y = F.linear(x, weight.dequantize().to(x.dtype))
         else:
             y = F.linear(x, weight.weight.to(x.dtype))
         return y if weight.bias is None else y + weight.bias.to(x.dtype)
@@ -78,6 +84,8 @@ class ReferenceOps:
     def _layer_linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         if self._int8_prefill_above is None or len(x) <= self._int8_prefill_above:
             return self.linear(x, weight)
+        if isinstance(weight, CorrectedWeight):
+            return self._layer_linear(x, weight.main) + self.linear(x, weight.correction)
         if isinstance(weight, LowRankWeight) and isinstance(weight.down, Int8Weight):
             return self._layer_linear(self._layer_linear(x, weight.down), weight.up)
         return self.linear(int8_rows(x) if isinstance(weight, Int8Weight) else x, weight)
@@ -202,7 +210,14 @@ def causal_mask(num_queries: int, context: int, window: int | None, device: torc
 def _to(weight: Any, device: torch.device) -> Any:
     if isinstance(weight, LowRankWeight):
         return LowRankWeight(_to(weight.down, device), _to(weight.up, device))
+    if isinstance(weight, CorrectedWeight):
+        return CorrectedWeight(_to(weight.main, device), _to(weight.correction, device))
     bias = None if weight.bias is None else weight.bias.to(device)
+    if isinstance(weight, Int4Weight):
+        zero = None if weight.zero is None else weight.zero.to(device)
+        return Int4Weight(
+            weight.qweight.to(device), weight.scale.to(device), zero, weight.group, weight.in_features, bias
+        )
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.qweight.to(device), weight.scale.to(device), bias)
     return DenseWeight(weight.weight.to(device), bias)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from server.app import create_app
 from server.config import ServerConfig
 from server.service import Service
-from server.sizes import parse_bytes
+from spq.sizes import parse_bytes
 
 CONNECTIONS_END_S = 5  # after the drain: time for sockets to close
 ECHO_S = 1.0  # a signal this soon after the first is the same one, sent to the whole process group
@@ -72,7 +72,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option(
             "preset",
             "how to compress a model that is not packed; none serves it as it is",
-            choices=("default", "paper", "int8", "none"),
+            choices=("default", "paper", "int8", "int4", "none"),
+        ),
+        Option(
+            "weight-budget",
+            "bytes its weights may take, e.g. 4GiB: rank, width and bits are chosen by matrix, in place of a preset",
+            parse_bytes,
         ),
         Option("calibration", "text file to calibrate on (default: the bundled sample)"),
         Option("cache-dir", "where compressed models are kept"),
@@ -98,6 +103,16 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             parse_bytes,
         ),
         Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
+        Option(
+            "resident",
+            "weights of layers in memory; coded: compressed without loss, each decoded while the one before runs",
+            choices=("decoded", "coded"),
+        ),
+        Option(
+            "resident-tolerance",
+            "share (0..1) of tokens/s of one stream that coded layers may cost; 1: as few bytes as possible",
+            float,
+        ),
         Option("int8-prefill", "on a GPU, int8 activations for prompts too: faster, at some loss; on or off", _switch),
         Option("cuda-graphs", "on a GPU, record decode steps at start and replay them: on or off", _switch),
         Option("threads", "CPU threads for tensor work (default: all cores where that is faster, else one)", int),

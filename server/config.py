@@ -19,7 +19,8 @@ class ServerConfig(BaseModel):
     model: str  # packed folder, Hugging Face folder, or hub id
     revision: str | None = None
     served_model_names: tuple[str, ...] = ()  # empty: the folder's name
-    preset: Literal["default", "paper", "int8", "none"] = "default"  # compression where the model is not packed
+    preset: Literal["default", "paper", "int8", "int4", "none"] = "default"  # where the model is not packed
+    weight_budget: int | None = Field(None, gt=0)  # bytes of the packed model, by the allocator
     calibration: str | None = None  # text file; None = the bundled sample
     cache_dir: Path = Path("~/.cache/spq-serve")
     chat_template: Path | None = None
@@ -32,6 +33,8 @@ class ServerConfig(BaseModel):
     kv_dtype: Literal["auto", "int8", "float32", "float16", "bfloat16"] = "auto"
     memory_budget: int | None = Field(None, gt=0)  # bytes on the device, whole process
     kv_memory: int | None = Field(None, gt=0)  # bytes, overrides what the budget would leave
+    resident: Literal["decoded", "coded"] = "decoded"  # how integers of layers are kept
+    resident_tolerance: float = Field(0.1, ge=0.0, le=1.0)  # share of tokens/s that coded layers may cost
     int8_prefill: bool = False
     cuda_graphs: bool = True
     threads: int | None = Field(None, ge=1)  # CPU threads for tensor work
@@ -67,4 +70,16 @@ class ServerConfig(BaseModel):
                 f"--max-batch-tokens {self.max_batch_tokens} must exceed --max-num-seqs {self.max_num_seqs}, or full "
                 "batches would leave no room for prompts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_compress(self) -> Self:
+        if self.weight_budget is not None and "preset" in self.model_fields_set:
+            raise ValueError(f"--weight-budget takes the place of --preset {self.preset}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _tolerance_has_a_use(self) -> Self:
+        if self.resident == "decoded" and "resident_tolerance" in self.model_fields_set:
+            raise ValueError("--resident-tolerance is about --resident coded, which is not asked for; leave it out")
         return self

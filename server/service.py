@@ -19,7 +19,7 @@ from server.config import ServerConfig
 from server.engine.engine import Engine
 from server.errors import EngineError, Overloaded
 from server.metrics import Metrics
-from server.sizes import format_bytes
+from spq.sizes import format_bytes
 
 if TYPE_CHECKING:
     from server.tokenizer import Tokenizer

@@ -48,7 +48,7 @@ def packed_path(cache_dir: Path, source: Path, options: SPQConfig, calibration_h
         "source": source_hash(source),
         "times": times,
         "options": options.model_dump(mode="json"),
-        "calibration": calibration_hash if options.uses_pruning else "",
+        "calibration": calibration_hash if options.uses_text else "",
         "format": FORMAT_VERSION,
         "version": program_version(),
     }

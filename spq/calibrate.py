@@ -54,8 +54,9 @@ def tokenize(folder: Path, text: str, *, special_tokens: bool = False) -> Tensor
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def choose_windows(ids: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """`count` of the non-overlapping windows of `length` tokens in ids [n], chosen by seed -> int64 [count, length].
+def choose_windows(ids: Tensor, count: int, length: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """`count` of the non-overlapping windows of `length` tokens in ids [n], chosen by seed -> int64 [count, length],
+    and at most as many others to measure on, None where all are taken.
 
     Raises CalibrationError where the text has fewer.
     """
@@ -65,5 +66,7 @@ def choose_windows(ids: Tensor, count: int, length: int, seed: int) -> Tensor:
             f"calibration text has {ids.numel()} tokens, but {count} windows of {length} need {count * length}; give "
             "a longer text or lower calibration_windows or calibration_len"
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return ids[: available * length].view(available, length)[order]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    windows = ids[: available * length].view(available, length)
+    spare = order[count : 2 * count].sort().values
+    return windows[order[:count].sort().values], windows[spare] if len(spare) else None

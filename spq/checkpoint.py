@@ -1,4 +1,4 @@
-"""Opening a model folder, packed (format v1) or plain Hugging Face safetensors, and reading its weights one by one.
+"""Opening a model folder, packed or plain Hugging Face safetensors, and reading its weights one by one.
 
 Not the writer (`writer`) and not the safetensors container (`tensorfile`). Everything is checked against the
 headers before the first weight is read, so that a damaged folder is refused by name at once.
@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 from spq.architecture import ModelSpec, read_spec
+from spq.entropy import CodedTensor, decode, row_blocks
 from spq.errors import ModelFileError, PackedFormatError, UnsupportedModelError
 from spq.layout import EMBEDDING, expected_source, model_linears, model_vectors, module_has_bias
-from spq.manifest import QUANT_METHOD, Manifest
+from spq.manifest import ANY, QUANT_METHOD, Manifest, ModulePlan, TensorShapes
 from spq.tensorfile import TensorInfo, locate_tensors, read_tensor
 
 __all__ = ["Checkpoint", "Manifest", "WeightSource", "open_model"]
@@ -35,7 +37,7 @@ class WeightSource(Protocol):
         """A matrix by module name, e.g. `model.layers.0.mlp.up_proj` or `lm_head` (absent when tied)."""
         ...
 
-    def embedding(self) -> DenseWeight | Int8Weight:
+    def embedding(self) -> Leaf:
         """The table [vocab, hidden]."""
         ...
 
@@ -49,12 +51,18 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """WeightSource over a checked folder. Files are opened per tensor, so `close` only drops the index."""
+    """WeightSource over a checked folder. Files are opened per tensor, so `close` only drops the index.
+
+    Coded tensors are decoded as they are read, on as many threads as torch has.
+    """
 
     def __init__(self, spec: ModelSpec, manifest: Manifest | None, tensors: Mapping[str, TensorInfo]) -> None:
         self.spec = spec
         self.manifest = manifest
         self._tensors = dict(tensors)
+        self._coded: TensorShapes = {}
+        for module, plan in ({} if manifest is None else manifest.modules).items():
+            self._coded |= plan.coded(module)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -68,16 +76,25 @@ class Checkpoint:
 
     def linear(self, name: str) -> LinearWeight:
         """See WeightSource. Raises ModelFileError if the model has no such matrix."""
-        if f"{name}.down.weight" in self._tensors or f"{name}.down.qweight" in self._tensors:
-            return LowRankWeight(self._leaf(f"{name}.down"), self._leaf(f"{name}.up"))
-        return self._leaf(name)
+        plan = None if self.manifest is None else self.manifest.modules.get(name)
+        if plan is not None and plan.kind == "low_rank":
+            return self._pair(name, plan)
+        main = self._leaf(name, plan)
+        if plan is None or plan.correction is None:
+            return main
+        return CorrectedWeight(main, self._pair(f"{name}.correction", plan))
 
-    def embedding(self) -> DenseWeight | Int8Weight:
+    def embedding(self) -> Leaf:
         """See WeightSource."""
-        return self._leaf(EMBEDDING)
+        return self._leaf(EMBEDDING, None if self.manifest is None else self.manifest.modules.get(EMBEDDING))
 
     def vector(self, name: str) -> Tensor:
-        """See WeightSource. Raises ModelFileError if there is no such tensor."""
+        """See WeightSource; also any other tensor by name, decoded where it is coded.
+
+        Raises ModelFileError if there is no such tensor, PackedFormatError for a damaged block.
+        """
+        if name in self._coded:
+            return self._decode(name)
         if name not in self._tensors:
             raise ModelFileError(f"tensor {name} is not in the model (a closed or different one?)")
         return read_tensor(self._tensors[name])
@@ -86,11 +103,30 @@ class Checkpoint:
         """See WeightSource."""
         self._tensors.clear()
 
-    def _leaf(self, name: str) -> Leaf:
+    def _decode(self, name: str) -> Tensor:
+        shape, stored = self._coded[name]
+        coded = CodedTensor(self.vector(f"{name}.zstd"), self.vector(f"{name}.blocks"), row_blocks(shape))
+        dtype = torch.int8 if stored == "int8" else torch.uint8
+        where = f"{self._tensors[f'{name}.zstd'].path}: {name}"
+        return decode(coded, shape, dtype, where, torch.get_num_threads())
+
+    def _pair(self, name: str, plan: ModulePlan) -> LowRankWeight:
+        return LowRankWeight(self._leaf(f"{name}.down", plan), self._leaf(f"{name}.up", plan))
+
+    def _leaf(self, name: str, plan: ModulePlan | None) -> Leaf:
+        """The tensors under `name`; `plan` is that of the module they belong to."""
         bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
-        if f"{name}.qweight" in self._tensors:
-            return Int8Weight(self.vector(f"{name}.qweight"), self.vector(f"{name}.scale"), bias)
-        return DenseWeight(self.vector(f"{name}.weight"), bias)
+        if f"{name}.weight" in self._tensors:
+            return DenseWeight(self.vector(f"{name}.weight"), bias)
+        qweight, scale = self.vector(f"{name}.qweight"), self.vector(f"{name}.scale")
+        if scale.dim() == 1:
+            return Int8Weight(qweight, scale, bias)
+        assert plan is not None and plan.group is not None
+        columns = plan.shape[1]
+        if name.endswith(".up"):  # its inputs are the ranks of the pair
+            columns = plan.rank or (0 if plan.correction is None else plan.correction.rank)
+        zero = None if plan.symmetric else self.vector(f"{name}.zero")
+        return Int4Weight(qweight, scale, zero, plan.group, columns, bias)
 
 
 def open_model(folder: Path) -> Checkpoint:
@@ -158,8 +194,8 @@ def _check_manifest(folder: Path, spec: ModelSpec, manifest: Manifest) -> None:
         plan = manifest.modules[name]
         if plan.shape != shape:
             raise PackedFormatError(f"{path}: module {name} is {list(plan.shape)}, should be {list(shape)}")
-        if plan.kind == "low_rank" and name == EMBEDDING:
-            raise PackedFormatError(f"{path}: the embedding cannot be low_rank; compress again")
+        if name == EMBEDDING and (plan.kind == "low_rank" or plan.correction is not None):
+            raise PackedFormatError(f"{path}: the embedding can have no low-rank part; compress again")
 
 
 def _check_packed(folder: Path, spec: ModelSpec, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
@@ -173,10 +209,10 @@ def _check_packed(folder: Path, spec: ModelSpec, manifest: Manifest, tensors: Ma
         info = tensors.get(name)
         if info is None:
             raise PackedFormatError(f"{folder}: tensor {name} {list(shape)} is missing; compress again")
-        if info.shape != shape:
+        if info.shape != shape and not (shape == (ANY,) and len(info.shape) == 1):
             raise PackedFormatError(f"{info.path}: {name} is {list(info.shape)}, should be {list(shape)}")
-        allowed = {"float": FLOATS, "int8": ("I8",), "F32": ("F32",)}[dtype]
+        allowed = {"float": FLOATS, "int8": ("I8",), "uint8": ("U8",)}.get(dtype, (dtype,))
         if info.dtype not in allowed:
             raise PackedFormatError(f"{info.path}: {name} is {info.dtype}, should be {' or '.join(allowed)}")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise PackedFormatError(f"{tensors[name].path}: tensor {name} is not part of packed format 1; compress again")
+        raise PackedFormatError(f"{tensors[name].path}: tensor {name} is not in its manifest; compress again")

@@ -18,20 +18,50 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from spq.calibrate import bundled_calibration, read_text, text_hash
-from spq.compress import Progress, compress, refuse_existing
+from spq.compress import Progress, compress
 from spq.config import PresetName, SPQConfig
 from spq.errors import OptionError, SpqError
 from spq.evaluate import evaluate_folder
 from spq.hub import find_model
-from spq.report import PerplexityReport, Report
+from spq.output import refuse_existing
+from spq.report import PerplexityReport, PredictionReport, Report
 
 MIB = 1 << 20
 GROUPS = {
-    "SVD (attention matrices)": ("variance_threshold", "rank_rule", "sigma", "min_saving", "rank_multiple"),
-    "pruning (MLP neurons)": ("min_prune_ratio", "max_prune_ratio", "width_multiple"),
-    "quantization": ("quantize", "granularity", "quantize_embedding"),
+    "budget (rank, width and bits of every matrix are chosen)": ("budget", "ratio", "target_perplexity"),
+    "SVD (attention matrices)": (
+        "variance_threshold",
+        "rank_rule",
+        "sigma",
+        "min_saving",
+        "rank_multiple",
+        "svd_metric",
+        "svd_last_layers",
+        "svd_residual",
+    ),
+    "pruning (MLP neurons)": (
+        "min_prune_ratio",
+        "max_prune_ratio",
+        "width_multiple",
+        "prune_score",
+        "compensation",
+    ),
+    "quantization": (
+        "quantize",
+        "granularity",
+        "quantize_embedding",
+        "bits",
+        "embedding_bits",
+        "group",
+        "symmetric",
+        "feedback",
+        "correction_rank",
+    ),
+    "double compression": ("scaling_alpha", "integer_pruning", "entropy_coding"),
     "calibration": ("calibration_windows", "calibration_len", "seed"),
 }
+BUDGETS = ("budget", "ratio", "target_perplexity")
+METAVARS = {"budget": "BYTES", "ratio": "RATIO", "target_perplexity": "PPL", "bits": "4|8", "embedding_bits": "4|8"}
 EPILOG = """Every option can also be set as SPQ_<NAME>, e.g. SPQ_MAX_PRUNE_RATIO=0.1 or SPQ_QUANTIZE=false; the command
 line wins. Options of the three stages default to the preset's values; those shown are of the preset `default`."""
 
@@ -73,9 +103,9 @@ def _add_option(group: Any, name: str) -> None:
             flag, action=argparse.BooleanOptionalAction, default=None, help=f"{help_text} (default: {default})"
         )
         return
-    shown = "auto" if field.default is None else field.default
+    shown = {None: "none" if name in BUDGETS else "auto"}.get(field.default, field.default)
     choices = get_args(field.annotation) if isinstance(field.default, str) else ()
-    metavar = "|".join(choices) if choices else ("RATIO" if field.annotation is float else "N")
+    metavar = "|".join(choices) if choices else METAVARS.get(name, "RATIO" if field.annotation is float else "N")
     group.add_argument(flag, metavar=metavar, help=f"{help_text} (default: {shown})")
 
 
@@ -104,10 +134,11 @@ def options_of(arguments: argparse.Namespace) -> SPQConfig:
     """The SPQConfig asked for. Raises OptionError naming the option."""
     given = {name: getattr(arguments, name) for names in GROUPS.values() for name in names}
     overrides = {name: value for name, value in given.items() if value is not None}
-    for name in ("rank_multiple", "width_multiple"):
+    for name in ("rank_multiple", "width_multiple", "svd_last_layers"):
         if overrides.get(name) == "auto":
             overrides[name] = None
-    return SPQConfig.preset("default" if arguments.preset is None else arguments.preset, **overrides)
+    usual = "budget" if overrides.keys() & set(BUDGETS) else "default"
+    return SPQConfig.preset(usual if arguments.preset is None else arguments.preset, **overrides)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -123,9 +154,9 @@ def choose_device(name: str | None) -> torch.device:
 
 def _refuse_unused(arguments: argparse.Namespace, options: SPQConfig) -> None:
     """Raises OptionError for an option that another one makes void."""
-    if arguments.calibration is not None and not options.uses_pruning:
+    if arguments.calibration is not None and not options.uses_text:
         raise OptionError(
-            f"--calibration {arguments.calibration}: nothing is calibrated when max_prune_ratio is 0; leave it out"
+            f"--calibration {arguments.calibration}: nothing is calibrated with these options; leave it out"
         )
     for name in ("evaluate_window", "evaluate_tokens"):
         if getattr(arguments, name) is not None and arguments.evaluate is None:
@@ -142,7 +173,7 @@ def run(arguments: argparse.Namespace) -> Report:
     _refuse_unused(arguments, options)
     evaluation = None if arguments.evaluate is None else read_text(Path(arguments.evaluate))
     text = ""
-    if options.uses_pruning:
+    if options.uses_text:
         text = read_text(bundled_calibration() if arguments.calibration is None else Path(arguments.calibration))
     source = find_model(arguments.source, arguments.revision)
     with tqdm(total=100.0, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", disable=None) as bar:
@@ -183,10 +214,23 @@ def describe(report: Report) -> str:
         f"({report.rss_at_start_bytes / MIB:.0f} MiB before the run), {report.peak_gpu_bytes / MIB:.0f} MiB GPU",
         "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
     ]
+    if report.prediction is not None:
+        lines.append("predicted " + describe_prediction(report.prediction))
     if report.perplexity is not None:
         found = report.perplexity
         lines.append(f"perplexity {found.before:.3f} -> {found.after:.3f} ({found.protocol})")
     return "\n".join(lines)
+
+
+def describe_prediction(found: PredictionReport) -> str:
+    """What the allocator expected, what was measured, and a warning where they are far apart."""
+    if found.base is None or found.predicted is None or found.measured is None:
+        return f"the loss rises by {found.rise:.5f} nats; not checked: the calibration text has no windows left"
+    weak = "; the prediction is weak: trust the measurement" if found.weak else ""
+    return (
+        f"perplexity {found.base:.3f} -> {found.predicted:.3f}, measured {found.measured:.3f} on {found.num_tokens} "
+        f"tokens of the calibration text that nothing was fitted to{weak}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,6 @@ leaves nothing that could be taken for a model.
 
 from __future__ import annotations
 
-import glob
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,22 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spq.budget import market_weight
 from spq.cache import source_hash
 from spq.calibrate import choose_windows, text_hash, tokenize
-from spq.checkpoint import Checkpoint, open_model, read_config
+from spq.checkpoint import Checkpoint, open_model
 from spq.config import SPQConfig
 from spq.errors import OutputError, UnsupportedModelError
 from spq.layout import expected_source
-from spq.manifest import FORMAT_VERSION, Manifest
+from spq.manifest import FORMAT_VERSION
 from spq.memory import PeakMemory
-from spq.pipeline import Pipeline, total_weight
+from spq.output import MAX_SHARD_BYTES, put_in_place, refuse_existing, remove_orphans
+from spq.pipeline import WRITE_WEIGHT
 from spq.progress import Progress, StageClock
-from spq.report import Report
-from spq.writer import TensorWriter, copy_companions
+from spq.recode import recode
+from spq.report import Report, read_report
+from spq.rules import Rules
+from spq.run import Run, Written
+from spq.source import Source
 
 __all__ = ["Progress", "compress"]
-
-MAX_SHARD_BYTES = 1 << 30
 
 
 def compress(
@@ -53,99 +54,74 @@ def compress(
     text is only read where options.uses_pruning. Raises SpqError: a damaged or unsupported source, weights that are
     not finite, a text that is too short, an `out` that exists (unless `overwrite`) or cannot be written.
     """
+    remove_orphans(out)
     refuse_existing(out, overwrite)
     checkpoint = open_model(source)
     if checkpoint.manifest is not None:
         raise UnsupportedModelError(f"{source}: already packed; compress the original checkpoint")
     memory = PeakMemory(device)
-    clock = StageClock(checkpoint.spec.num_layers, total_weight(options, checkpoint.spec.num_layers), progress)
-    windows = None
-    if options.uses_pruning:
+    layers = checkpoint.spec.num_layers
+    deciding = market_weight() if options.has_budget else Rules.weight(options)
+    clock = StageClock(layers, layers * (deciding + WRITE_WEIGHT) + WRITE_WEIGHT, progress)
+    windows = spare = None
+    if options.uses_text:
         with clock.stage("tokenize", 0, 0.0):
-            windows = _windows(source, checkpoint, options, calibration_text)
-    _remove_orphans(out)
+            windows, spare = _windows(source, checkpoint, options, calibration_text)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        (temporary / "spool").mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"{temporary}: cannot be made ({error}); choose another output folder") from error
+    run = Run(Source(source, checkpoint, device), options, windows, spare, clock, max_shard_bytes)
     try:
-        writer = TensorWriter(temporary, max_shard_bytes)
-        pipeline = Pipeline(checkpoint, options, device, windows, writer, temporary / "spool", clock)
-        pipeline.run()
-        bytes_files = writer.finish()
-        shutil.rmtree(temporary / "spool")
-        copy_companions(source, temporary)
-        manifest = Manifest(options=options, modules=pipeline.plans, mlp_widths=tuple(pipeline.widths))
-        report = _report(checkpoint, pipeline, memory, source, calibration_text, bytes_files)
+        written = run.make(temporary)
+        report = _report(run, written, memory, calibration_text)
         report.save(temporary)
-        config = read_config(source) | {"quantization_config": manifest.dump()}
-        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-        _move(temporary, out, overwrite)
+        made = temporary
+        if options.entropy_coding:
+            made = temporary / "coded"
+            recode(temporary, made, "zstd")
+            report = read_report(made)
+        put_in_place(made, out, overwrite)
+    except OSError as error:
+        if error.errno is None:  # transformers raises those for what it cannot load
+            raise
+        raise OutputError(f"{out}: cannot be written ({error}); free some disk space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raises OutputError where `out` is there and may not be replaced, or is no model folder."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise OutputError(f"{out}: exists already; choose another output folder, or replace it with --overwrite")
-    if not (out / "config.json").is_file():
-        raise OutputError(f"{out}: is no model folder (no config.json), so it is not overwritten; remove it yourself")
-
-
-def _remove_orphans(out: Path) -> None:
-    """Delete the temporary folders of runs for the same `out` whose process is gone: killed ones cannot do it."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        process = folder.name.split(".")[-2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str) -> Tensor:
+def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str) -> tuple[Tensor, Tensor | None]:
+    """Windows to calibrate on, and others of the same text to check a prediction on (None where none are left)."""
     length = min(options.calibration_len, checkpoint.spec.max_positions)
-    return choose_windows(tokenize(source, text), options.calibration_windows, length, options.seed)
+    ids = tokenize(source, text)
+    return choose_windows(ids, options.calibration_windows, length, options.seed)
 
 
-def _move(temporary: Path, out: Path, overwrite: bool) -> None:
-    """Put the finished folder in place. Raises OutputError where another run was faster."""
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    try:
-        if overwrite and out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be put in place ({error}); it may have appeared during the run") from error
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _report(
-    checkpoint: Checkpoint, pipeline: Pipeline, memory: PeakMemory, source: Path, text: str, bytes_files: int
-) -> Report:
-    options, windows, spec = pipeline.options, pipeline.windows, checkpoint.spec
+def _report(run: Run, written: Written, memory: PeakMemory, text: str) -> Report:
+    spec, windows = run.source.spec, run.windows
     parameters = sum(prod(shape) for shape in expected_source(spec).values())
+    plans = written.manifest.modules.values()
     return Report(
         format_version=FORMAT_VERSION,
-        source_hash=source_hash(source),
+        source_hash=source_hash(run.source.folder),
         calibration_hash="" if windows is None else text_hash(text),
         calibration_tokens=0 if windows is None else windows.numel(),
-        options=options,
-        matrices=pipeline.matrices,
-        mlp_widths=tuple(pipeline.widths),
-        num_low_rank=sum(plan.kind == "low_rank" for plan in pipeline.plans.values()),
-        num_pruned_neurons=sum(spec.intermediate_size - width for width in pipeline.widths),
+        options=run.options,
+        matrices=written.matrices,
+        mlp_widths=written.manifest.mlp_widths,
+        num_low_rank=sum(plan.kind == "low_rank" for plan in plans),
+        num_pruned_neurons=sum(spec.intermediate_size - width for width in written.manifest.mlp_widths),
         num_parameters=parameters,
         bytes_fp16=2 * parameters,
         bytes_fp32=4 * parameters,
-        bytes_packed=pipeline.writer.tensor_bytes,
-        bytes_files=bytes_files,
-        device=str(pipeline.device),
+        bytes_packed=written.bytes_packed,
+        bytes_files=written.bytes_files,
+        device=str(run.source.device),
         rss_at_start_bytes=memory.rss_at_start_bytes,
         peak_rss_bytes=memory.rss_bytes(),
         peak_gpu_bytes=memory.gpu_bytes(),
-        seconds={name: round(value, 3) for name, value in pipeline.clock.seconds.items()},
+        seconds={name: round(value, 3) for name, value in run.clock.seconds.items()},
+        prediction=written.prediction,
     )

@@ -1,31 +1,40 @@
-"""SPQConfig: everything a user may choose about a compression, and the three presets.
+"""SPQConfig: everything a user may choose about a compression, and the presets.
 
 Not the command line (`cli`), and not what came out of a run (`manifest`, `report`).
 
 Presets
 - `default`: SPQ with the weaknesses of the released code repaired: sigma on the `down` factor (one scale per rank
   direction absorbs it exactly), a pair only where it saves bytes by a margin, ranks and widths on a tile, row scales
-  everywhere, int8 embedding, contiguous calibration windows without padding.
+  everywhere, int8 embedding, neurons scored by the energy they bring to the output and the kept ones refitted,
+  contiguous calibration windows without padding.
 - `paper`: the rules of the code released with arXiv 2602.18420 (Yao & Gultepe 2026): rank rule with its clamp and
   truncation, the 0.8 rule, the parameter test, sigma in the second factor, `mix_name` granularity (one scale per
   attention matrix or factor), no rounding, float embedding, 8 windows of 128 tokens. Two of its habits are not
   reproduced: calibrating on the text that is evaluated, and padding with EOS without an attention mask. A tied head
   stays the float embedding (the released code quantizes a second copy of it). Its LoRA recovery is left out.
-- `int8`: quantization alone, no SVD and no pruning: what SVD and pruning have to beat.
+- `int8`, `int4`: quantization alone, no SVD and no pruning: what these have to beat; int4 with error feedback.
+- `budget`: rank, width and bits of every matrix are chosen for a number of bytes (`budget`, `ratio`) or a perplexity
+  (`target_perplexity`) by measured sensitivities; how each is made: whitened SVD, error feedback, refitted pruning.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from spq.errors import OptionError
+from spq.sizes import parse_bytes
 
-PresetName = Literal["default", "paper", "int8"]
+PresetName = Literal["default", "paper", "int8", "int4", "budget"]
 Granularity = Literal["channel", "tensor", "mix_name", "mix_percentile", "mix_meanstd"]
 SigmaPlacement = Literal["down", "up", "split"]
 RankRule = Literal["energy", "released"]
+Metric = Literal["plain", "whitened"]
+PruneScore = Literal["up", "energy"]
+Compensation = Literal["none", "bias", "refit"]
+Bits = Annotated[Literal[4, 8], BeforeValidator(int)]
+Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value)))]
 
 
 class SPQConfig(BaseModel):
@@ -48,6 +57,17 @@ class SPQConfig(BaseModel):
     rank_multiple: int | None = Field(
         None, ge=1, description="ranks are rounded up to a multiple of this; auto: by the matrix's smaller side"
     )
+    svd_metric: Metric = Field(
+        "plain", description="error an SVD keeps small: of the weights, or of the outputs on the calibration text"
+    )
+    svd_last_layers: int | None = Field(
+        None,
+        ge=1,
+        description="only the last so many layers may have factor pairs (partial-layer compression); auto: all",
+    )
+    svd_residual: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the rank spent on the plain SVD of the whitened SVD's residual"
+    )
 
     min_prune_ratio: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of MLP neurons removed from the layer with the largest activation"
@@ -59,9 +79,43 @@ class SPQConfig(BaseModel):
         None, ge=1, description="kept MLP widths are rounded up to a multiple of this; auto: by the width"
     )
 
-    quantize: bool = Field(True, description="store int8 weights; otherwise floats in the source's dtype")
+    prune_score: PruneScore = Field(
+        "energy",
+        description="a neuron's worth: mean |up_proj output|, or energy of down_proj's input times column norm",
+    )
+    compensation: Compensation = Field(
+        "refit",
+        description="for dropped neurons: nothing, their mean as a bias, or a least-squares fit of the kept ones",
+    )
+
+    quantize: bool = Field(True, description="store integers; otherwise floats in the source's dtype")
+    bits: Bits = Field(8, description="bits of the matrices of the layers and of an untied head")
+    embedding_bits: Bits = Field(8, description="bits of the embedding (and a tied head)")
+    group: int = Field(128, ge=16, multiple_of=16, description="inputs that share a scale at 4 bits")
+    symmetric: bool = Field(False, description="4 bits without zero points")
+    feedback: bool = Field(False, description="round column by column and pass each error on (GPTQ)")
+    correction_rank: int = Field(
+        0, ge=0, description="rank of the pair beside each matrix that makes up for rounding and pruning; 0: none"
+    )
     granularity: Granularity = Field("channel", description="which matrices get one scale per row, which a single one")
     quantize_embedding: bool = Field(True, description="store the embedding (and a tied head) as int8 rows")
+
+    scaling_alpha: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="input channels are scaled by max|x|^alpha before rounding (double compression)",
+    )
+    integer_pruning: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the integers of each matrix set to zero (double compression)"
+    )
+    entropy_coding: bool = Field(False, description="store integers in zstd blocks; decoded when a model is loaded")
+
+    budget: Bytes | None = Field(None, ge=1, description="bytes the packed tensors may take; suffixes KiB, MiB, GiB")
+    ratio: float | None = Field(None, gt=0.0, le=1.0, description="the budget as a share of the float16 bytes")
+    target_perplexity: float | None = Field(
+        None, gt=1.0, description="smallest model whose perplexity on held-out calibration windows is at most this"
+    )
 
     calibration_windows: int = Field(32, ge=1, description="number of calibration windows")
     calibration_len: int = Field(512, ge=2, description="tokens per window, at most the model's context")
@@ -78,8 +132,40 @@ class SPQConfig(BaseModel):
                 f"rank_rule released has its own test and no rounding, but min_saving is {self.min_saving} and "
                 f"rank_multiple {self.rank_multiple}; set them to 0 and 1, or use rank_rule energy"
             )
+        if self.name == "budget" and not self.has_budget:
+            raise ValueError("preset budget without a budget; give budget, ratio or target_perplexity")
         if self.quantize_embedding and not self.quantize:
             raise ValueError("quantize_embedding without quantize: switch both on or both off")
+        if not self.quantize:
+            asked = {
+                "bits": self.bits != 8, "feedback": self.feedback, "integer_pruning": self.integer_pruning > 0,
+                "entropy_coding": self.entropy_coding, "a budget": self.has_budget,
+            }  # fmt: skip
+            for what in (name for name, given in asked.items() if given):
+                raise ValueError(f"{what} without quantize: there are no integers; switch quantize on")
+        if not self.quantize_embedding and self.embedding_bits != 8:
+            raise ValueError("embedding_bits without quantize_embedding: switch it on")
+        if self.integer_pruning > 0 and not self.symmetric and 4 in (self.bits, 4 if self.has_budget else 8):
+            raise ValueError("integer_pruning at 4 bits with zero points: 0 is no common symbol there; set symmetric")
+        if self.feedback and self.granularity != "channel":
+            raise ValueError(f"feedback with granularity {self.granularity}: only row scales are fed back; use channel")
+        if self.svd_residual > 0 and self.svd_metric != "whitened":
+            raise ValueError("svd_residual with the plain metric changes nothing (Eckart-Young); use whitened")
+        return self._check_budget()
+
+    def _check_budget(self) -> Self:
+        given = [name for name in ("budget", "ratio", "target_perplexity") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of them")
+        if not given:
+            return self
+        chosen = {
+            "variance_threshold": self.uses_svd, "max_prune_ratio": self.uses_pruning, "bits": self.bits != 8,
+            "embedding_bits": self.embedding_bits != 8, "correction_rank": self.correction_rank > 0,
+            "quantize_embedding": not self.quantize_embedding, "granularity": self.granularity != "channel",
+        }  # fmt: skip
+        for what in (name for name, clash in chosen.items() if clash):
+            raise ValueError(f"{what} is chosen by the allocator where {given[0]} is given; leave it out")
         return self
 
     @property
@@ -91,6 +177,25 @@ class SPQConfig(BaseModel):
     def uses_pruning(self) -> bool:
         """Whether activations have to be measured and neurons removed."""
         return self.max_prune_ratio > 0.0
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the allocator decides."""
+        return self.budget is not None or self.ratio is not None or self.target_perplexity is not None
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether the inputs of the matrices have to be measured."""
+        return (
+            self.has_budget or (self.svd_metric == "whitened" and self.uses_svd) or self.feedback
+            or self.correction_rank > 0 or self.scaling_alpha > 0 or self.integer_pruning > 0
+            or (self.uses_pruning and (self.prune_score == "energy" or self.compensation != "none"))
+        )  # fmt: skip
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the calibration text is read."""
+        return self.uses_pruning or self.uses_moments
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SPQConfig:
@@ -104,6 +209,10 @@ class SPQConfig(BaseModel):
         values: dict[str, Any] = {"name": name, **_PRESETS[name], **overrides}
         if overrides.get("quantize") is False:
             values["quantize_embedding"] = overrides.get("quantize_embedding", False)
+        for option in ("compensation", "prune_score"):
+            pruned = name == "budget" or float(values.get("max_prune_ratio", 1.0)) > 0.0
+            if overrides.get(option, "none") != "none" and not pruned:
+                raise OptionError(f"{option} {overrides[option]} without pruning; set max_prune_ratio")
         try:
             return cls(**values)
         except ValidationError as error:
@@ -117,6 +226,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "rank_rule": "released",
+        "prune_score": "up",
+        "compensation": "none",
         "sigma": "up",
         "min_saving": 0.0,
         "rank_multiple": 1,
@@ -127,6 +238,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "calibration_len": 128,
     },
     "int8": {"variance_threshold": 1.0, "max_prune_ratio": 0.0},
+    "int4": {"variance_threshold": 1.0, "max_prune_ratio": 0.0, "bits": 4, "feedback": True},
+    "budget": {
+        "variance_threshold": 1.0,
+        "max_prune_ratio": 0.0,
+        "svd_metric": "whitened",
+        "feedback": True,
+    },
 }
 
 

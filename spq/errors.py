@@ -27,3 +27,7 @@ class CalibrationError(SpqError):
 
 class OutputError(SpqError):
     """The output folder exists already or cannot be written."""
+
+
+class RemoteError(SpqError):
+    """A server cannot be reached, refuses a request, or answers something else than was asked."""

@@ -24,6 +24,7 @@ from spq.errors import CalibrationError
 
 DEFAULT_WINDOW = 2048
 BATCH_TOKENS = 4096
+MAX_NLL = 700.0  # beyond, exp leaves float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +45,8 @@ class Perplexity:
         return f"{self.num_windows} non-overlapping windows of {self.window} tokens, {bos}; {self.num_tokens} scored"
 
 
-@torch.inference_mode()
-def perplexity(
-    logits: Callable[[Tensor], Tensor],
-    ids: Tensor,
-    window: int,
-    *,
-    bos_id: int | None = None,
-    max_tokens: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-) -> Perplexity:
-    """Perplexity of `logits`: ids int64 [B, window] -> float [B, window, vocab], on text ids int64 [n].
+def cut_windows(ids: Tensor, window: int, *, bos_id: int | None = None, max_tokens: int | None = None) -> Tensor:
+    """The windows of a text ids int64 [n] -> int64 [count, window], BOS first where given.
 
     Only the first `max_tokens` text tokens are used where given. Raises CalibrationError for a text shorter than one
     window.
@@ -73,16 +65,57 @@ def perplexity(
     windows = ids[: count * text_len].view(count, text_len)
     if bos_id is not None:
         windows = torch.cat([torch.full((count, 1), bos_id, dtype=windows.dtype), windows], dim=1)
+    return windows
+
+
+@torch.inference_mode()
+def perplexity(
+    logits: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    window: int,
+    *,
+    bos_id: int | None = None,
+    max_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Perplexity:
+    """Perplexity of `logits`: ids int64 [B, window] -> float [B, window, vocab], on text ids int64 [n].
+
+    Raises CalibrationError as `cut_windows`.
+    """
+    windows = cut_windows(ids, window, bos_id=bos_id, max_tokens=max_tokens)
     total, step = 0.0, max(1, batch_tokens // window)
-    for start in range(0, count, step):
-        batch = windows[start : start + step]
+    for batch in torch.split(windows, step):
         scores = logits(batch)[:, :-1].float()
         targets = batch[:, 1:].to(scores.device)
         loss = functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
         total += float(loss)
+    return perplexity_of(total, windows, bos_id is not None)
+
+
+def perplexity_of(total_nll: float, windows: Tensor, bos: bool) -> Perplexity:
+    """The result for the summed negative log likelihood (nats) of all scored tokens of windows [count, window]."""
+    count, window = windows.shape
     scored = count * (window - 1)
-    nll = total / scored
-    return Perplexity(math.exp(nll), nll, scored, count, window, bos_id is not None)
+    nll = total_nll / scored
+    return Perplexity(math.inf if nll > MAX_NLL else math.exp(nll), nll, scored, count, window, bos)
+
+
+def choose_window(window: int | None, context: int) -> int:
+    """Tokens per window: as asked for, else the context, at most 2,048. Raises CalibrationError beyond the context."""
+    length = min(context, DEFAULT_WINDOW) if window is None else window
+    if length > context:
+        raise CalibrationError(f"window of {length} tokens, but the model's context is {context}; lower it")
+    return length
+
+
+def nll_of_windows(folder: Path, windows: Tensor, device: torch.device) -> float:
+    """Mean negative log likelihood in nats per token of a plain or packed folder, float32, on windows [count, len]."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = model.to(device).eval()
+    found = perplexity(
+        lambda batch: model(batch.to(device), use_cache=False).logits, windows.flatten(), windows.shape[1]
+    )
+    return found.nll
 
 
 def evaluate_folder(
@@ -104,9 +137,7 @@ def evaluate_folder(
     checkpoint = open_model(folder)
     spec = checkpoint.spec
     checkpoint.close()
-    length = min(spec.max_positions, DEFAULT_WINDOW) if window is None else window
-    if length > spec.max_positions:
-        raise CalibrationError(f"window of {length} tokens, but the model's context is {spec.max_positions}; lower it")
+    length = choose_window(window, spec.max_positions)
     bos_id = spec.config.bos_token_id if use_bos else None
     if use_bos and not isinstance(bos_id, int):
         raise CalibrationError(f"{folder}: config.json names no single bos_token_id ({bos_id!r}); evaluate without BOS")

@@ -26,7 +26,7 @@ class MatrixReport(BaseModel):
     rank: int | None
     energy_rank: int | None  # smallest rank over the variance threshold, where an SVD was made
     reason: str  # of the rank decision; empty where none was made
-    per_channel: bool | None  # None where it is not int8
+    per_channel: bool | None  # whether each row has a scale; None where it is not int8
     bytes_fp16: int
     bytes: int
 
@@ -41,6 +41,19 @@ class PerplexityReport(BaseModel):
     num_tokens: int
     protocol: str
     text_hash: str
+
+
+class PredictionReport(BaseModel):
+    """What the allocator expected and what came, on windows of the calibration text that nothing was fitted to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rise: float  # of the loss, nats per token, predicted
+    base: float | None = None  # perplexity of the original; None where no windows were left to measure on
+    predicted: float | None = None  # perplexity
+    measured: float | None = None
+    num_tokens: int = 0
+    weak: bool = False  # predicted and measured differ by more than 5 %
 
 
 class Report(BaseModel):
@@ -68,6 +81,7 @@ class Report(BaseModel):
     peak_gpu_bytes: int
     seconds: dict[str, float]  # by stage
     perplexity: PerplexityReport | None = None
+    prediction: PredictionReport | None = None  # where the allocator decided
 
     @property
     def ratio(self) -> float:

@@ -1,6 +1,7 @@
 """Low-rank factors of one weight matrix: the rank that keeps a share of its energy, or a reason to leave it whole.
 
-Not activation-aware (no whitening): the plain SVD of W, as in SPQ (arXiv 2602.18420, section on attention SVD).
+Two metrics. Plain: the SVD of W, as in SPQ (arXiv 2602.18420, section on attention SVD). Whitened: the SVD of W S,
+where S S^T is the second moment of the inputs, so that what is dropped is the output error (`whiten`).
 One eigendecomposition of the smaller Gram matrix, in float64, gives the whole spectrum and the factors of any rank:
 squared singular values are its eigenvalues, and W projected on the leading vectors is the truncated SVD (Eckart and
 Young 1936). For grouped key/value matrices it is several times cheaper than an SVD of W.
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from spq.config import SigmaPlacement, SPQConfig, round_up, tile_multiple
+from spq.errors import OptionError
+from spq.whiten import Root, checked, square_root
 
 RELEASED_MIN_ELEMENTS = 5000  # the released code leaves smaller matrices whole
 RELEASED_MAX_KEPT = 0.8
@@ -22,31 +25,81 @@ RELEASED_MIN_REMOVED = 0.1
 
 @dataclass(slots=True)
 class Spectrum:
-    """W's squared singular values with the singular vectors of its smaller side."""
+    """Squared singular values of W (or of W S) with the singular vectors of its smaller side."""
 
     weight: Tensor  # [out, in] float32
     energy: Tensor  # [min(out, in)] float64, descending, >= 0
-    basis: Tensor  # [min, min] float32: left vectors where out <= in, else right ones, in columns
+    basis: Tensor  # [min, min]: left vectors where out <= in, else right ones, in columns; float64 where whitened
+    root: Root | None = None  # S, only where whitened and out > in: left vectors need none
 
     def factors(self, rank: int, sigma: SigmaPlacement) -> tuple[Tensor, Tensor]:
-        """(down [rank, in], up [out, rank]) float32, the best rank-`rank` approximation up @ down of W."""
+        """(down [rank, in], up [out, rank]) float32, the best rank-`rank` approximation up @ down of W.
+
+        Best in the metric of the spectrum: its error is the sum of energy[rank:]. With U S V^T the SVD of W S it is
+        U_r U_r^T W where out <= in (S cancels), else (W S V_r) (V_r^T S^-1), S^-1 by a triangular solve.
+        """
         vectors = self.basis[:, :rank]
-        left = self.weight.shape[0] <= self.weight.shape[1]
-        up, down = (vectors, vectors.T @ self.weight) if left else (self.weight @ vectors, vectors.T)
+        weight = self.weight.to(vectors.dtype)
+        left = weight.shape[0] <= weight.shape[1]
+        if left:
+            up, down = vectors, vectors.T @ weight
+        elif self.root is None:
+            up, down = weight @ vectors, vectors.T
+        else:
+            up, down = weight @ (self.root.matrix @ vectors), self.root.undo(vectors.T)
         carried: SigmaPlacement = "down" if left else "up"
-        root = self.energy[:rank].sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
+        # directions without energy have no sigma to move: any positive number leaves the product alone
+        top = float(self.energy[0].sqrt()) if self.energy.numel() else 0.0
+        root = self.energy[:rank].sqrt().clamp_min(top * torch.finfo(torch.float32).eps if top > 0 else 1.0)
         # how much of sigma `up` has to gain: -1 all leaves it, 0 none, 1 all comes to it
         move = {"down": 0.0, "split": 0.5, "up": 1.0}[sigma] - (0.0 if carried == "down" else 1.0)
-        shift = root**move
-        return (down / shift[:, None]).contiguous(), (up * shift).contiguous()
+        shift = root.to(vectors.dtype) ** move
+        return (down / shift[:, None]).float().contiguous(), (up * shift).float().contiguous()
 
 
-def decompose(weight: Tensor) -> Spectrum:
-    """Spectrum of weight [out, in], on its device."""
-    wide = weight.double()
-    gram = wide @ wide.T if weight.shape[0] <= weight.shape[1] else wide.T @ wide
+def decompose(weight: Tensor, second: Tensor | None = None) -> Spectrum:
+    """Spectrum of weight [out, in] (any float dtype), on its device.
+
+    With `second`, the second moment [in, in] of the inputs or its diagonal [in] (float32 or float64), the spectrum of
+    W S (SVD-LLM, arXiv 2403.07378): energy is then output energy per token. Where out > in and `second` is not
+    positive definite, the metric is the damped one of `square_root`. Raises CalibrationError for a second moment
+    that is not finite.
+    """
+    wide, root = weight.double(), None
+    left = weight.shape[0] <= weight.shape[1]
+    if second is None:
+        gram = wide @ wide.T if left else wide.T @ wide
+    else:
+        second = checked(second, weight.device)
+        if left:
+            gram = (wide * second if second.ndim == 1 else wide @ second) @ wide.T
+        else:
+            root = square_root(second)
+            whitened = wide @ root.matrix
+            gram = whitened.T @ whitened
     energy, basis = torch.linalg.eigh(gram)
-    return Spectrum(weight.float(), energy.flip(0).clamp_min(0.0), basis.flip(1).float())
+    basis = basis.flip(1)
+    return Spectrum(weight.float(), energy.flip(0).clamp_min(0.0), basis if second is not None else basis.float(), root)
+
+
+def residual_factors(
+    weight: Tensor, second: Tensor | None, rank: int, share: float, sigma: SigmaPlacement = "down"
+) -> tuple[Tensor, Tensor]:
+    """(down [rank, in], up [out, rank]) float32 of weight [out, in], in two stages, as one pair.
+
+    First the best approximation of rank - round(rank share) in the metric of `second`; then the plain SVD of what it
+    left, of the remaining rank: residual compensation (ResSVD, arXiv 2505.20112) with mixed metrics (NSVD, arXiv
+    2503.17101). In one metric (`second` None) the stages make up one SVD of the whole rank, by Eckart and Young:
+    nothing is gained. Raises OptionError for a share outside 0..1 or a rank outside 1..min(out, in).
+    """
+    if not 0.0 <= share <= 1.0:
+        raise OptionError(f"residual share {share} is not between 0 and 1")
+    if not 1 <= rank <= min(weight.shape):
+        raise OptionError(f"rank {rank} of a matrix of {weight.shape[0]} x {weight.shape[1]}")
+    later = round(rank * share)
+    down, up = decompose(weight, second).factors(rank - later, sigma)
+    more_down, more_up = decompose(weight.float() - up @ down).factors(later, sigma)
+    return torch.cat((down, more_down)), torch.cat((up, more_up), dim=1)
 
 
 def energy_rank(energy: Tensor, threshold: float) -> int:

@@ -21,7 +21,7 @@ from tests.sources import MODULES, ROOT, imports
 PACKAGES = ("kernels", "server", "spq")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PINNED_BY_TORCH = re.compile(r"(nvidia-.*|cuda-.*|triton)$")
-PIN = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)(; sys_platform != 'win32')?$")
+PIN = re.compile(r"([a-z0-9-]+)(?:\[[a-z,]+\])?==([0-9][0-9a-z.]*)(; sys_platform != 'win32')?$")
 
 
 def read_pins(name: str) -> dict[str, str]:
@@ -48,6 +48,7 @@ def declared(lines: list[str]) -> dict[str, str]:
 
 
 RUNTIME, DEV = read_pins("requirements.txt"), read_pins("requirements-dev.txt")
+EXTRAS = read_pins("requirements-eval.txt")
 DIRECT = declared(PROJECT["project"]["dependencies"])
 DIRECT_DEV = declared(PROJECT["project"]["optional-dependencies"]["dev"])
 
@@ -117,7 +118,7 @@ def test_packages_hold_only_what_a_wheel_carries() -> None:
 
 def test_both_commands_exist() -> None:
     scripts = PROJECT["project"]["scripts"]
-    assert sorted(scripts) == ["spq-compress", "spq-serve"]
+    assert sorted(scripts) == ["spq-compress", "spq-eval", "spq-plan", "spq-search", "spq-serve"]
     for target in scripts.values():
         module, function = target.split(":")
         code = f"import importlib; print(callable(importlib.import_module({module!r}).{function}))"
@@ -139,6 +140,15 @@ def test_pins_agree_with_pyproject() -> None:
     both = RUNTIME | DEV
     assert {name: both.get(name) for name in DIRECT_DEV} == DIRECT_DEV
     assert not set(RUNTIME) & set(DEV), "pinned in both files"
+
+
+def test_pins_of_the_extras_agree_and_change_nothing_else() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    direct = declared(extras["eval"]) | declared(extras["plots"])
+    assert {name: EXTRAS.get(name) for name in direct} == direct
+    assert not set(EXTRAS) & set(RUNTIME), "an extra pins a package of the runtime again"
+    assert [name for name in EXTRAS if name.startswith("torch") or PINNED_BY_TORCH.match(name)] == []
+    assert {name: pin for name, pin in EXTRAS.items() if DEV.get(name, pin) != pin} == {}
 
 
 def test_runtime_pins_leave_torch_its_own_choice_of_build() -> None:
@@ -167,6 +177,7 @@ def test_what_a_pinned_package_needs_is_pinned(name: str) -> None:
 def test_every_import_is_declared() -> None:
     provided = {"pydantic_core": "pydantic", "prometheus_client": "prometheus-client"}  # pydantic pins its core exactly
     optional = {"triton"}  # comes with torch's CUDA build; the code says so where it is missing
+    extras = {"spq.tasks": {"lm-eval", "datasets"}, "spq.pareto_plot": {"matplotlib"}}  # lm-eval brings datasets
     missing = []
     for module in MODULES:
         names = DIRECT if module.path.startswith(PACKAGES) else DIRECT | DIRECT_DEV
@@ -176,7 +187,7 @@ def test_every_import_is_declared() -> None:
             top = target.partition(".")[0]
             local = (ROOT / top).is_dir() or top in sys.stdlib_module_names
             package = provided.get(top, canonicalize_name(top))
-            if not local and top not in optional and package not in names:
+            if not local and top not in optional and package not in {*names, *extras.get(module.name, ())}:
                 missing.append(f"{module.path}: {top}")
     assert missing == []
 

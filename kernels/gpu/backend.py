@@ -1,4 +1,4 @@
-"""The operations of `kernels.ops` on a CUDA device: Triton kernels for int8, cuBLAS for float matrices.
+"""The operations of `kernels.ops` on a CUDA device: Triton kernels for int8 and int4, cuBLAS for float matrices.
 
 Nothing here waits for the device or reads from it, so that a whole step can be captured in a CUDA graph. Under
 TRITON_INTERPRET=1 the same code runs on CPU tensors, slowly: that is how it is tested without a GPU.
@@ -13,72 +13,45 @@ layer's hundreds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from kernels.gpu.configs import DECODE_ROWS
+from kernels.gpu.configs import DECODE_ROWS, PAD, round_up
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.embedding import embedding
 from kernels.gpu.gate_up import gate_up_silu, silu_mul
+from kernels.gpu.head_layout import HeadProjections, can_fuse_heads, head_projections
 from kernels.gpu.head_linear import head_linear
 from kernels.gpu.heads import transform_heads
-from kernels.gpu.int8_linear import int8_linear, int8_linear_kernel
 from kernels.gpu.int8_prefill import int8_rows_linear, quantize_rows
 from kernels.gpu.launch import GpuContext
-from kernels.gpu.layout import (
-    DenseMatrix,
-    HeadProjections,
-    Int8Matrix,
-    Int8Pair,
-    dense_matrix,
-    head_projections,
-    int8_matrix,
-    int8_pair,
-    is_int8,
-)
+from kernels.gpu.layout import Int8Matrix, PackedMatrix, PackedPair, dense_matrix
 from kernels.gpu.norm import rms_norm
+from kernels.gpu.packed_linear import packed_linear, packed_linear_kernel
+from kernels.gpu.pairs import correction, is_packed_pair, packed_matrix, packed_pair, share_a_kind
 from kernels.gpu.prefill_attention import prefill_attention
+from kernels.gpu.prepared import (
+    Corrected,
+    FusedGateUp,
+    GateUp,
+    Linear,
+    Matrix,
+    MixedPair,
+    Projections,
+    StackedCorrected,
+    can_stack,
+    check_correction,
+    stacked_corrected,
+)
 from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Leaf, LinearWeight, LowRankWeight
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(slots=True)
-class MixedPair:
-    """A low-rank pair of which at least one factor is float: two products one after the other."""
-
-    first: DenseMatrix | Int8Matrix
-    second: DenseMatrix | Int8Matrix
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident."""
-        return self.first.nbytes + self.second.nbytes
-
-
-@dataclass(slots=True)
-class FusedGateUp:
-    """Both int8 matrices of the MLP input, for one launch."""
-
-    matrix: Int8Matrix  # gate, then up, each padded to a multiple of 128 rows
-    width: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident."""
-        return self.matrix.nbytes
-
-
-Linear = DenseMatrix | Int8Matrix | Int8Pair | MixedPair
-Projections = HeadProjections | tuple[Linear, Linear, Linear]  # fused where all three are int8
-GateUp = FusedGateUp | tuple[Linear, Linear]
 
 
 class TritonOps:
@@ -94,7 +67,7 @@ class TritonOps:
         """
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype} is none of float16, bfloat16, float32")
-        interpreted = not isinstance(int8_linear_kernel, JITFunction)
+        interpreted = not isinstance(packed_linear_kernel, JITFunction)
         if device.type == "cuda" and interpreted:
             raise RuntimeError("TRITON_INTERPRET is set: kernels would run in the interpreter; unset it for a GPU")
         if device.type == "cuda" and device.index not in (None, 0):
@@ -112,32 +85,36 @@ class TritonOps:
         torch.set_num_threads(count)
 
     def prepare_linear(self, weight: LinearWeight) -> Linear:
-        """Lay out one matrix. Raises ValueError when shapes disagree."""
-        if not isinstance(weight, LowRankWeight):
-            return self._matrix(weight)
-        if is_int8(weight):
-            return int8_pair(weight, self.device, self._magic)
-        if weight.up.shape[1] != weight.rank:
-            raise ValueError(f"factors {weight.up.shape} and {weight.down.shape} disagree in rank")
-        return MixedPair(self._matrix(weight.down), self._matrix(weight.up))
+        """Lay out one matrix. Raises ValueError when shapes disagree, or for int4 groups that no kernel serves."""
+        if isinstance(weight, CorrectedWeight):
+            check_correction(weight)
+            return Corrected(self._matrix(weight.main), self._pair(weight.correction, corrects=True))
+        return self._pair(weight) if isinstance(weight, LowRankWeight) else self._matrix(weight)
 
     def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Projections:
-        """Lay out the three projections: fused where all are int8, pairs or not."""
+        """Lay out the three projections: fused where all are int8 or all int4, pairs or not."""
         check_same_input(q, k, v)
-        if all(is_int8(weight) for weight in (q, k, v)):
+        if can_fuse_heads((q, k, v)):
             return head_projections((q, k, v), self.device, self._magic)
+        if can_stack((q, k, v)):
+            return stacked_corrected((q, k, v), self.device, self._magic, pad_rows=False)
         return self.prepare_linear(q), self.prepare_linear(k), self.prepare_linear(v)
 
     def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> GateUp:
-        """Lay out the two MLP projections: fused where both are plain int8."""
+        """Lay out the two MLP projections: fused where both are plain int8 or plain int4."""
         check_same_input(gate, up)
         if gate.shape != up.shape:
             raise ValueError(f"gate {gate.shape} and up {up.shape} differ in width")
-        if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight):
-            return FusedGateUp(int8_matrix([gate, up], self.device, self._magic, [True, True]), gate.shape[0])
+        if can_stack((gate, up)):
+            return stacked_corrected((gate, up), self.device, self._magic, pad_rows=True)
+        if share_a_kind((gate, up)):
+            assert not isinstance(gate, DenseWeight | LowRankWeight | CorrectedWeight)
+            assert not isinstance(up, DenseWeight | LowRankWeight | CorrectedWeight)
+            rows = round_up(gate.shape[0], PAD)
+            return FusedGateUp(packed_matrix([gate, up], self.device, self._magic, [rows, rows]), gate.shape[0])
         return self.prepare_linear(gate), self.prepare_linear(up)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> DenseMatrix | Int8Matrix:
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Matrix:
         """Lay out a table [vocab, hidden]; one layout serves `embed` and `logits`."""
         return self._matrix(weight)
 
@@ -145,9 +122,9 @@ class TritonOps:
         """Bytes resident, padding included."""
         return sum(p.nbytes for p in prepared) if isinstance(prepared, tuple) else prepared.nbytes
 
-    def embed(self, token_ids: Tensor, table: DenseMatrix | Int8Matrix) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Matrix) -> Tensor:
         """token_ids int64 [T] -> [T, hidden]."""
-        if isinstance(table, Int8Matrix):
+        if isinstance(table, PackedMatrix):
             return embedding(token_ids, table, self.dtype)
         return F.embedding(token_ids, table.weight)
 
@@ -166,10 +143,13 @@ class TritonOps:
             x = self.rms_norm(h, norm.weight, norm.eps)
             q, k, v = (self.linear(x, projection) for projection in weight)
             return transform_heads(q, k, v, heads, kv, slots)
+        if isinstance(weight, StackedCorrected):
+            q, k, v = self._stacked(h, norm, weight)
+            return transform_heads(q, k, v, heads, kv, slots)
         fused = len(h) <= DECODE_ROWS
         if fused and weight.heads.starts is None:
             return head_linear(self.gpu, h, weight.heads, heads, kv, slots, norm=norm)
-        x = self._int8(h, weight.first, norm=norm)
+        x = self._product(h, weight.first, norm=norm)
         if fused:
             return head_linear(self.gpu, x, weight.heads, heads, kv, slots)
         q, k, v = self._second_factors(x, weight)
@@ -188,20 +168,24 @@ class TritonOps:
         return out.flatten(1)
 
     def add_linear(self, h: Tensor, x: Tensor, weight: Linear) -> Tensor:
-        """See Ops; overwrites `h`, the sum is rounded once."""
-        if isinstance(weight, Int8Pair):
-            return self._int8(self._int8(x, weight.first), weight.second, add_to=h)
+        """See Ops; overwrites `h`, the sum is rounded once, with a correction twice."""
+        if isinstance(weight, Corrected):
+            return self._correct(self.add_linear(h, x, weight.main), x, weight.correction)
+        if isinstance(weight, PackedPair):
+            return self._product(self._product(x, weight.first), weight.second, add_to=h)
         if isinstance(weight, MixedPair):
             return self.add_linear(h, self.linear(x, weight.first), weight.second)
-        if isinstance(weight, Int8Matrix):
-            return self._int8(x, weight, add_to=h)
+        if isinstance(weight, PackedMatrix):
+            return self._product(x, weight, add_to=h)
         return (h if weight.bias is None else h.add_(weight.bias)).addmm_(x, weight.weight.T)
 
     def mlp_input(self, h: Tensor, norm: Norm, weight: GateUp) -> Tensor:
         """See Ops; where fused a view of rows padded with zeros to a multiple of 128."""
         if isinstance(weight, FusedGateUp) and len(h) <= DECODE_ROWS:
             return gate_up_silu(self.gpu, h, weight.matrix, weight.width, norm=norm)
-        if isinstance(weight, FusedGateUp) and self.int8_prefill:
+        if isinstance(weight, StackedCorrected):
+            return silu_mul(*self._stacked(h, norm, weight))[:, : weight.width]
+        if isinstance(weight, FusedGateUp) and isinstance(weight.matrix, Int8Matrix) and self.int8_prefill:
             rows, n = quantize_rows(h, weight.matrix.width, norm), weight.matrix.rows // 2
             parts = (weight.matrix.part(0, n), weight.matrix.part(n, 2 * n))
             return silu_mul(*(int8_rows_linear(self.gpu, rows, part, self.dtype) for part in parts))[:, : weight.width]
@@ -221,20 +205,45 @@ class TritonOps:
 
     def linear(self, x: Tensor, weight: Linear, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [T, in] -> [T, out], in the dtype of activations where no other is given."""
-        if isinstance(weight, Int8Pair | MixedPair):
+        if isinstance(weight, Corrected):
+            return self._correct(self.linear(x, weight.main, out_dtype), x, weight.correction)
+        if isinstance(weight, PackedPair | MixedPair):
             return self.linear(self.linear(x, weight.first), weight.second, out_dtype)
-        if isinstance(weight, Int8Matrix):
-            return int8_linear(self.gpu, x, weight, out_dtype or self.dtype)
+        if isinstance(weight, PackedMatrix):
+            return packed_linear(self.gpu, x, weight, out_dtype or self.dtype)
         return F.linear(x, weight.weight, weight.bias).to(out_dtype or self.dtype)
 
-    def _int8(self, x: Tensor, matrix: Int8Matrix, *, norm: Norm | None = None, add_to: Tensor | None = None) -> Tensor:
-        """A product inside a layer: few rows with the norm folded in, many with a norm before or in int8."""
+    def _correct(self, y: Tensor, x: Tensor, pair: PackedPair | MixedPair) -> Tensor:
+        """y [T, out] += the product of x with a pair, whose inputs are never rounded to int8."""
+        inner = self.linear(x, pair.first)
+        if isinstance(pair.second, PackedMatrix):
+            return packed_linear(self.gpu, inner, pair.second, y.dtype, add_to=y)
+        return y.add_(self.linear(inner, pair.second, y.dtype))
+
+    def _stacked(self, h: Tensor, norm: Norm, weight: StackedCorrected) -> tuple[Tensor, ...]:
+        """The product of norm(h) with each of the matrices, columns of one tensor [T, all]."""
+        if len(h) <= DECODE_ROWS:
+            y = self._product(h, weight.main, norm=norm)
+            inner = self._product(h, weight.first, norm=norm)
+        else:
+            x = self.rms_norm(h, norm.weight, norm.eps)
+            y, inner = self._product(x, weight.main), self.linear(x, weight.first)
+        for part in weight.additions:
+            columns = inner[:, part.start : part.start + part.second.width]
+            to = y[:, part.to : part.to + part.second.rows]
+            packed_linear(self.gpu, columns, part.second, self.dtype, add_to=to)
+        return torch.split(y, list(weight.columns), 1)
+
+    def _product(
+        self, x: Tensor, matrix: PackedMatrix, *, norm: Norm | None = None, add_to: Tensor | None = None
+    ) -> Tensor:
+        """A product inside a layer: few rows with the norm folded in, many with a norm before or, of int8, in int8."""
         if len(x) <= DECODE_ROWS:
-            return int8_linear(self.gpu, x, matrix, self.dtype, norm=norm, add_to=add_to)
-        if self.int8_prefill:
+            return packed_linear(self.gpu, x, matrix, self.dtype, norm=norm, add_to=add_to)
+        if self.int8_prefill and isinstance(matrix, Int8Matrix):
             return int8_rows_linear(self.gpu, quantize_rows(x, matrix.width, norm), matrix, self.dtype, add_to)
         normed = x if norm is None else self.rms_norm(x, norm.weight, norm.eps)
-        return int8_linear(self.gpu, normed, matrix, self.dtype, add_to=add_to)
+        return packed_linear(self.gpu, normed, matrix, self.dtype, add_to=add_to)
 
     def _second_factors(self, x: Tensor, weight: HeadProjections) -> list[Tensor]:
         """q, k, v from what the first factors made: a product each, or the columns themselves."""
@@ -243,12 +252,19 @@ class TritonOps:
             return list(torch.split(x, list(weight.heads.rows), 1))
         for i, (start, width, rows) in enumerate(zip(starts, weight.heads.widths, weight.heads.rows, strict=True)):
             if width:
-                outputs.append(self._int8(x[:, start : start + width], weight.heads.matrix(i)))
+                outputs.append(self._product(x[:, start : start + width], weight.heads.matrix(i)))
             else:
                 outputs.append(x[:, start : start + rows])
         return outputs
 
-    def _matrix(self, weight: DenseWeight | Int8Weight) -> DenseMatrix | Int8Matrix:
-        if isinstance(weight, Int8Weight):
-            return int8_matrix([weight], self.device, self._magic)
-        return dense_matrix(weight, self.device, self.dtype)
+    def _matrix(self, weight: Leaf) -> Matrix:
+        if isinstance(weight, DenseWeight):
+            return dense_matrix(weight, self.device, self.dtype)
+        return packed_matrix([weight], self.device, self._magic)
+
+    def _pair(self, weight: LowRankWeight, *, corrects: bool = False) -> PackedPair | MixedPair:
+        if is_packed_pair(weight):
+            return (correction if corrects else packed_pair)(weight, self.device, self._magic)
+        if weight.up.shape[1] != weight.rank:
+            raise ValueError(f"factors {weight.up.shape} and {weight.down.shape} disagree in rank")
+        return MixedPair(self._matrix(weight.down), self._matrix(weight.up))

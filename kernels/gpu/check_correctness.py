@@ -18,7 +18,7 @@ from kernels.gpu.check_data import Maker, as_float64, context_slots, num_slots
 from kernels.gpu.configs import DECODE_ROWS
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv
 from kernels.reference import ReferenceOps, store
-from kernels.weights import LinearWeight
+from kernels.weights import LinearWeight, LowRankWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,14 @@ class CorrectnessChecks:
         return Check(name, relative_error(got, want), limit)
 
     def _embed(self) -> Iterator[Check]:
-        s, table = self.shapes, self.make.int8(self.shapes.vocab, self.shapes.hidden)
+        s = self.shapes
         ids = torch.arange(s.vocab - 1, -1, -7, device=self.ops.device)
-        prepared = self.ops.prepare_embedding(table, tied_head=True)
-        yield self._check("embed int8", self.ops.embed(ids, prepared), self.reference.embed(ids, table), 1, 1)
-        x = self.make.normal(3, s.hidden, dtype=self.ops.dtype)
-        want = self.reference.linear(x.double(), table)
-        yield self._check("logits, tied int8 table", self.ops.logits(x, prepared), want, 0, s.hidden)
+        for name, table in (("int8", self.make.int8(s.vocab, s.hidden)), ("int4", self.make.int4(s.vocab, s.hidden))):
+            prepared = self.ops.prepare_embedding(table, tied_head=True)
+            yield self._check(f"embed {name}", self.ops.embed(ids, prepared), self.reference.embed(ids, table), 1, 1)
+            x = self.make.normal(3, s.hidden, dtype=self.ops.dtype)
+            want = self.reference.linear(x.double(), table)
+            yield self._check(f"logits, tied {name} table", self.ops.logits(x, prepared), want, 0, s.hidden)
 
     def _add_linear(self) -> Iterator[Check]:
         s = self.shapes
@@ -134,6 +135,13 @@ class CorrectnessChecks:
             f"rank {s.rank}": (self.make.low_rank(s.hidden, s.hidden, s.rank, bias=True), 2),
             "rank 1": (self.make.low_rank(s.hidden, s.hidden, 1), 2),
             "dense": (self.make.dense(s.hidden, s.hidden, self.ops.dtype), 1),
+            "int4": (self.make.int4(s.hidden, s.hidden, bias=True), 1),
+            "int4, odd input, zero points": (self.make.int4(s.hidden, s.width, 32, False), 1),
+            f"int4 of rank {s.rank}": (
+                LowRankWeight(self.make.int4(s.rank, s.hidden), self.make.int4(s.hidden, s.rank, 64, False)),
+                2,
+            ),
+            "int4, corrected": (self.make.corrected(self.make.int4(s.hidden, s.hidden), 16), 3),
         }
         for name, (weight, roundings) in weights.items():
             prepared = self.ops.prepare_linear(weight)
@@ -153,9 +161,12 @@ class CorrectnessChecks:
         low_rank = self.make.low_rank(s.num_q_heads * d, s.hidden, s.rank)
         dense = self.make.dense(s.num_kv_heads * d, s.hidden, self.ops.dtype)
         norm = self.make.norm(s.hidden, self.ops.dtype)
+        int4 = tuple(self.make.int4(n * d, s.hidden, 64) for n in (s.num_q_heads, s.num_kv_heads, s.num_kv_heads))
+        pairs = tuple(LowRankWeight(self.make.int4(s.rank, s.hidden), self.make.int4(w.shape[0], s.rank)) for w in int4)
         for name, weights in (
             ("int8", (q, *plain)), ("low rank", (low_rank, k, v)), ("mixed", (q, k, plain[0])),
-            ("float", (q, k, dense)),
+            ("float", (q, k, dense)), ("int4", int4), ("int4 low rank", pairs),
+            ("int4 corrected", tuple(self.make.corrected(w, 16) for w in int4)),
         ):  # fmt: skip
             prepared = self.ops.prepare_qkv(*weights)
             for rows, cache in zip(s.rows, [self.ops.dtype, torch.int8] * len(s.rows), strict=False):
@@ -165,34 +176,36 @@ class CorrectnessChecks:
                 slots = torch.arange(rows + 2, 2, -1, device=self.ops.device)
                 got = self.ops.attention_input(h, norm, prepared, heads, kv, slots)
                 want = self.reference.attention_input(h.double(), norm, weights, heads, exact, slots)
-                # Roundings: of x times the norm's weight, between two factors, of the result.
-                yield self._check(f"{label}: q", got, want, 3, s.hidden)
-                yield from self._cached(label, kv, exact, slots, 3, s.hidden)
+                # Roundings: of x times the norm's weight, between two factors, of the result; of a main product and of
+                # the sum with its correction.
+                roundings = 5 if "corrected" in name else 3
+                yield self._check(f"{label}: q", got, want, roundings, s.hidden)
+                yield from self._cached(label, kv, exact, slots, roundings, s.hidden)
 
     def _mlp_input(self) -> Iterator[Check]:
-        s = self.shapes
-        pair = (self.make.int8(s.width, s.hidden), self.make.int8(s.width, s.hidden))
-        prepared, norm = self.ops.prepare_gate_up(*pair), self.make.norm(s.hidden, self.ops.dtype)
-        down = self.make.int8(s.hidden, s.width)
-        prepared_down = self.ops.prepare_linear(down)
-        for rows in s.rows:
-            h = 3 * self.make.normal(rows, s.hidden, dtype=self.ops.dtype)
-            hidden, want = self.ops.mlp_input(h, norm, prepared), self.reference.mlp_input(h.double(), norm, pair)
-            # One rounding of the result, one of the normed input: it reaches the result once through up and, as
-            # |g silu'(g) / silu(g)| < 2 where silu is not negligible, at most twice through gate.
-            yield self._check(f"mlp_input, {rows} rows", hidden, want, 4, 4 * s.hidden)
-            got, want = self.ops.add_linear(h.clone(), hidden, prepared_down), hidden.double()
-            want = self.reference.add_linear(h.double(), want, down)
-            yield self._check(f"add_linear down, {rows} rows", got, want, 1, s.width)
-        low_rank = tuple(self.make.low_rank(s.width, s.hidden, s.rank) for _ in range(2))
-        dense = tuple(self.make.dense(s.width, s.hidden, self.ops.dtype) for _ in range(2))
+        s, make = self.shapes, self.make
+        for kind, matrix in (("int8", make.int8), ("int4", make.int4)):
+            pair, norm = (matrix(s.width, s.hidden), matrix(s.width, s.hidden)), make.norm(s.hidden, self.ops.dtype)
+            prepared, down = self.ops.prepare_gate_up(*pair), matrix(s.hidden, s.width)
+            prepared_down = self.ops.prepare_linear(down)
+            for rows in s.rows:
+                h = 3 * make.normal(rows, s.hidden, dtype=self.ops.dtype)
+                hidden, want = self.ops.mlp_input(h, norm, prepared), self.reference.mlp_input(h.double(), norm, pair)
+                # One rounding of the result, one of the normed input: it reaches the result once through up and, as
+                # |g silu'(g) / silu(g)| < 2 where silu is not negligible, at most twice through gate.
+                yield self._check(f"mlp_input {kind}, {rows} rows", hidden, want, 4, 4 * s.hidden)
+                got, want = self.ops.add_linear(h.clone(), hidden, prepared_down), hidden.double()
+                want = self.reference.add_linear(h.double(), want, down)
+                yield self._check(f"add_linear down {kind}, {rows} rows", got, want, 1, s.width)
+        low_rank = tuple(make.low_rank(s.width, s.hidden, s.rank) for _ in range(2))
+        dense = tuple(make.dense(s.width, s.hidden, self.ops.dtype) for _ in range(2))
         # Not fused: gate (counted twice, as above) and up are rounded too, and so is what is between two factors.
         kinds: dict[str, tuple[tuple[LinearWeight, ...], int]] = {"low rank": (low_rank, 10), "float": (dense, 7)}
         for name, (weights, roundings) in kinds.items():
             gate, up = weights
             prepared = self.ops.prepare_gate_up(gate, up)
             for rows in s.rows:
-                h = 3 * self.make.normal(rows, s.hidden, dtype=self.ops.dtype)
+                h = 3 * make.normal(rows, s.hidden, dtype=self.ops.dtype)
                 got, want = self.ops.mlp_input(h, norm, prepared), self.reference.mlp_input(h.double(), norm, weights)
                 yield self._check(f"mlp_input {name}, {rows} rows", got, want, roundings, 4 * s.hidden)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
-from kernels.weights import DenseWeight, Int8Weight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LowRankWeight, pack_int4
 
 NORM_EPS = 1e-5
 _UNIFORM_INT8_STD = 73.3  # of integers uniform in [-127, 127]
+_UNIFORM_INT4_STD = 4.6  # of integers uniform in 0..15
 
 
 class Maker:
@@ -35,6 +36,29 @@ class Maker:
         spread = 0.5 + torch.rand(out_features, generator=self._generator, device=self.device)
         scale = spread / (_UNIFORM_INT8_STD * in_features**0.5)
         return Int8Weight(q, scale, self.normal(out_features) if bias else None)
+
+    def int4(
+        self, out_features: int, in_features: int, group: int = 128, symmetric: bool = True, bias: bool = False
+    ) -> Int4Weight:
+        """[out, in] of about unit gain in groups of inputs, without zero points where symmetric."""
+        groups = -(-in_features // group)
+
+        def integers(columns: int) -> Tensor:
+            shape = (out_features, columns)
+            return torch.randint(0, 16, shape, generator=self._generator, device=self.device, dtype=torch.uint8)
+
+        spread = 0.5 + torch.rand(out_features, groups, generator=self._generator, device=self.device)
+        scale = (spread / (_UNIFORM_INT4_STD * in_features**0.5)).half()
+        zero = None if symmetric else integers(groups)
+        q = pack_int4(integers(in_features))
+        return Int4Weight(q, scale, zero, group, in_features, self.normal(out_features) if bias else None)
+
+    def corrected(self, main: Leaf, rank: int) -> CorrectedWeight:
+        """A matrix with an int8 correction of a fifth of its gain."""
+        pair = self.low_rank(*main.shape, rank)
+        assert isinstance(pair.up, Int8Weight)
+        pair.up.scale *= 0.2
+        return CorrectedWeight(main, pair)
 
     def dense(self, out_features: int, in_features: int, dtype: torch.dtype, bias: bool = False) -> DenseWeight:
         """[out, in] of unit gain, in `dtype`."""

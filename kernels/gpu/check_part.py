@@ -34,7 +34,8 @@ _GROUPS = (
 _SHAPES = {shape.name: shape for shape in (LLAMA_2_7B, LLAMA_3_8B)}
 _PRODUCTS = (
     "o + residual", "o, second factor + residual", "down + residual", "o, first factor", "gate, up, SiLU",
-    "first factors of q, k, v", "heads, second factors", "heads, int8 matrices",
+    "first factors of q, k, v", "heads, second factors", "heads, int8 matrices", "o + residual, int4",
+    "down + residual, int4", "gate, up, SiLU, int4", "heads, int4 matrices",
 )  # fmt: skip
 
 

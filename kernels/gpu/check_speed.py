@@ -1,4 +1,4 @@
-"""How fast the kernels are beside what the memory can do: copy bandwidth, int8 products, decode attention.
+"""How fast the kernels are beside what the memory can do: copy bandwidth, products of integers, decode attention.
 
 Timed from CUDA graphs over several copies of the data, more than any L2 cache holds: neither the time Python takes
 to launch nor a warm cache is counted. On the CPU (interpreter) the same code runs eagerly; its times mean nothing.
@@ -69,14 +69,13 @@ def int8_products(
     make = Maker(ops.device)
     for case in product_cases(ops, shape):
         copies = cold_copies(case.prepare, ops.nbytes)
-        num_bytes = case.outputs * (case.k + 4)
         dense = make.dense(case.outputs, case.inputs, ops.dtype).weight
         dense_copies = cold_copies(dense.clone, lambda tensor: tensor.nbytes)
         for m in (m for m in rows if case.takes(m)):
             x = make.normal(m, case.inputs, dtype=ops.dtype)
             ours = seconds_per_call([partial(case.run, c, x, None) for c in copies], ops.device, repeats)
             cublas = seconds_per_call([partial(F.linear, x, c) for c in dense_copies], ops.device, repeats)
-            rate = num_bytes / ours / 1e12
+            rate = case.weight_bytes / ours / 1e12
             yield {
                 "model": shape.name, "name": case.name, "rows": m, "us": ours * 1e6, "tb_per_s": rate,
                 "of_copy": rate / copy_tb_per_s, "cublas_us": cublas * 1e6, "speedup": cublas / ours,

@@ -14,7 +14,7 @@ from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_data import Maker
 from kernels.gpu.check_products import ProductCase, product_cases
 from kernels.gpu.check_speed import cold_copies, seconds_per_call
-from kernels.gpu.configs import MULTIPROCESSORS, ROW_BUCKETS, TileConfig
+from kernels.gpu.configs import MULTIPROCESSORS, ROW_BUCKETS, TileConfig, kernel_name
 from kernels.gpu.plan import ModelShape
 
 _REPEATS = 10
@@ -28,7 +28,7 @@ def candidates(case: ProductCase, rows: int, current: TileConfig, arch: int) -> 
     grid: list[tuple[float, TileConfig]] = []
     for block_n in (16, 32, 64, 128):
         for split in (1, 2, 3, 4, 6, 8) if case.kernel != "gate_up" else (1,):
-            for block_k, stages in ((128, 3), (128, 5), (256, 3)):
+            for block_k, stages in ((128, 3), (128, 5), (128, 7) if case.group else (256, 3)):
                 for warps in (2, 4) if block_n <= 32 else (4, 8):
                     tile = TileConfig(current.block_m, block_n, block_k, warps, stages, split)
                     programs = -(-rows // tile.block_m) * -(-case.n // block_n) * split
@@ -55,7 +55,7 @@ def tune(ops: TritonOps, shape: ModelShape, name: str, repeats: int = _REPEATS) 
     for bucket in ROW_BUCKETS:
         rows = 1 if bucket == ROW_BUCKETS[0] else bucket
         x = make.normal(rows, case.inputs, dtype=ops.dtype)
-        current, timed, failed = ops.gpu.tile(case.kernel, rows, case.n, case.k), [], []
+        current, timed, failed = ops.gpu.tile(case.kernel, rows, case.n, case.k, case.group), [], []
         for tile in candidates(case, rows, current, arch):
             try:
                 seconds = seconds_per_call([partial(case.run, c, x, tile) for c in copies], ops.device, repeats)
@@ -64,8 +64,9 @@ def tune(ops: TritonOps, shape: ModelShape, name: str, repeats: int = _REPEATS) 
                 failed.append(f"{tile}: {type(error).__name__}: {error}"[:200])
         seconds, tile = min(timed, key=lambda entry: entry[0])
         yield {
-            "model": shape.name, "name": name, "kernel": case.kernel, "arch": arch, "rows_up_to": bucket, "n": case.n,
+            "model": shape.name, "name": name, "kernel": kernel_name(case.kernel, case.group),
+            "arch": arch, "rows_up_to": bucket, "n": case.n,
             "k": case.k, "us": seconds * 1e6, "configured_us": timed[0][0] * 1e6, "gain": timed[0][0] / seconds,
             "tile": asdict(tile), "configured": asdict(current), "tried": len(timed), "failed": failed,
-            "tb_per_s": case.outputs * (case.k + 4) / seconds / 1e12,
+            "tb_per_s": case.weight_bytes / seconds / 1e12,
         }  # fmt: skip

@@ -13,7 +13,10 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["linear", "normed", "heads", "gate_up", "int8_rows"]  # normed: the norm of the input folded in
+Product = Literal["linear", "normed", "heads", "gate_up"]  # normed: the norm of the input folded in
+Kernel = Literal[
+    "linear", "normed", "heads", "gate_up", "int8_rows", "int4 linear", "int4 normed", "int4 heads", "int4 gate_up"
+]  # fmt: skip
 
 PAD = 128  # K, ranks and MLP widths are padded to this when loaded: rows stay 16-byte aligned, the inner loop unmasked
 SPLIT_LEN = 256  # tokens per split of decode attention; fixed, so that a result does not depend on the rest of a batch
@@ -69,7 +72,37 @@ _GENERAL: dict[Kernel, _Table] = {
         (None, TileConfig(128, 64, 64, 8, 3)),
     ),
     "int8_rows": ((None, TileConfig(128, 128, 128, 8, 3)),),
+    # A step of int4 takes as many inputs as its layout says (`int4_block_k`), half the bytes of int8: wider tiles and
+    # more steps on the way keep as many bytes in flight. A sum per group beside the sum of all: smaller big tiles.
+    "int4 linear": (
+        (4, TileConfig(16, 32, 128, 2, 6)),
+        (16, TileConfig(16, 64, 128, 4, 5)),
+        (32, TileConfig(32, 64, 128, 4, 4)),
+        (64, TileConfig(64, 64, 128, 8, 3)),
+        (None, TileConfig(128, 64, 128, 8, 2)),
+    ),
+    "int4 normed": (
+        (4, TileConfig(16, 32, 128, 2, 6)),
+        (16, TileConfig(16, 64, 128, 4, 5)),
+        (32, TileConfig(32, 64, 128, 8, 3)),
+        (64, TileConfig(64, 64, 128, 8, 3)),
+    ),
+    "int4 heads": (
+        (4, TileConfig(16, 32, 128, 2, 6)),
+        (16, TileConfig(16, 64, 128, 4, 5)),
+        (32, TileConfig(32, 64, 128, 8, 3)),
+        (64, TileConfig(64, 32, 128, 8, 3)),  # 64 columns spill on sm_80 with groups of 32
+    ),
+    "int4 gate_up": (  # 64 columns of two matrices spill on sm_80
+        (4, TileConfig(16, 32, 128, 4, 5)),
+        (16, TileConfig(16, 64, 128, 4, 4)),
+        (32, TileConfig(32, 64, 128, 8, 3)),
+        (None, TileConfig(64, 32, 128, 8, 3)),
+    ),
 }
+_INT4: dict[Product, Kernel] = {
+    "linear": "int4 linear", "normed": "int4 normed", "heads": "int4 heads", "gate_up": "int4 gate_up",
+}  # fmt: skip
 ROW_BUCKETS = (4, 16, 32, 64)  # the decode classes of rows above
 
 # (kernel, architecture, rows up to, N, K) -> tile with its split: shapes that were timed. Empty until then.
@@ -79,25 +112,42 @@ _FLOAT32 = TileConfig(32, 64, 64, 4, 2)  # exact, slow: for checks, not for serv
 _INTERPRETED = TileConfig(64, 128, 128, 4, 1)  # the interpreter pays per operation, not per element
 
 
-def tile_config(kernel: Kernel, rows: int, n: int, k: int, dtype: torch.dtype, arch: int) -> TileConfig:
+def kernel_name(product: Product, group: int) -> Kernel:
+    """Under which name the tiles of a product stand; `group` is that of its int4 weights, 0 means int8."""
+    return _INT4[product] if group else product
+
+
+def int4_block_k(group: int) -> int:
+    """Inputs of one step along int4 weights: four quarters, each a group or within one, of 32 inputs or, where a group
+    has 16, of 16 (the least that a tensor core takes)."""
+    return PAD if group > MIN_DOT_ROWS else 4 * MIN_DOT_ROWS
+
+
+def tile_config(
+    kernel: Kernel, rows: int, n: int, k: int, dtype: torch.dtype, arch: int, block_k: int | None = None
+) -> TileConfig:
     """Tile of a product of `rows` rows with a matrix [n, k]; `arch` 80 means sm_80, 0 the interpreter.
 
-    n counts the columns of one matrix for "gate_up", of all heads for "heads".
+    n counts the columns of one matrix for "gate_up", of all heads for "heads"; int4 weights fix `block_k`.
     """
     if arch == 0:
-        return replace(_INTERPRETED, split_k=2 if rows <= DECODE_ROWS and kernel != "gate_up" and k > PAD else 1)
+        tile, split = _INTERPRETED, 2 if rows <= DECODE_ROWS and not kernel.endswith("gate_up") and k > PAD else 1
+        return replace(tile, split_k=split, block_k=block_k or _step(tile, k))
     if dtype == torch.float32 and kernel != "int8_rows":
-        return _FLOAT32
+        return replace(_FLOAT32, block_k=block_k or _step(_FLOAT32, k))
     bucket = next((limit for limit in ROW_BUCKETS if rows <= limit), 0)
     found = MEASURED.get((kernel, arch, bucket, n, k))
     if found is not None:
         return found
     tile = next(tile for limit, tile in _GENERAL[kernel] if limit is None or rows <= limit)
-    if k % tile.block_k:
-        tile = replace(tile, block_k=PAD)
-    return (
-        tile if rows > DECODE_ROWS or kernel in ("gate_up", "int8_rows") else _spread(tile, n, k, MULTIPROCESSORS[arch])
-    )
+    tile = replace(tile, block_k=block_k or _step(tile, k))
+    spread = rows <= DECODE_ROWS and not kernel.endswith("gate_up") and kernel != "int8_rows"
+    return _spread(tile, n, k, MULTIPROCESSORS[arch]) if spread else tile
+
+
+def _step(tile: TileConfig, k: int) -> int:
+    """The tile's own, or less where K, a multiple of 128 or a power of two, is no multiple of it."""
+    return tile.block_k if k % tile.block_k == 0 else min(PAD, k & -k)
 
 
 def _spread(tile: TileConfig, n: int, k: int, programs: int) -> TileConfig:

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.configs import TileConfig, next_power_of_2
+from kernels.gpu.head_layout import HeadFactors
 from kernels.gpu.heads import check_heads, head_arguments, head_constants, head_scalars, write_heads
+from kernels.gpu.int4_product import int4_product, word_index
 from kernels.gpu.launch import GpuContext, square_rows
-from kernels.gpu.layout import HeadFactors
 from kernels.gpu.primitives import arrive_last
 from kernels.gpu.product import int8_product, inverse_rms
 from kernels.ops import HeadTransform, LayerKv, Norm
@@ -27,8 +28,8 @@ _EPILOGUE_ROWS = 16  # tokens of a head at a time: more would not fit the regist
 @triton.jit
 def _finished_half(
     shares, squares, scale, bias, local, column, row_ok, i_ok, norm_len, eps, SPLIT_K: tl.constexpr,
-    SHARE: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, R: tl.constexpr,
-    HALF_PAD: tl.constexpr,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    R: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
     """Shares of columns `column` [HALF_PAD] of a head added up in their order, scaled: float32 [R, HALF_PAD]."""
     ok = row_ok[:, None] & i_ok[None, :]
@@ -37,7 +38,8 @@ def _finished_half(
         y += tl.load(
             shares + s * SHARE + local[:, None] * WIDTH + column[None, :], mask=ok, other=0.0, cache_modifier=".cg"
         )
-    y = y * tl.load(scale + column, mask=i_ok, other=0.0)[None, :]
+    if SCALE:
+        y = y * tl.load(scale + column, mask=i_ok, other=0.0)[None, :]
     if NORM:
         y = y * inverse_rms(squares, norm_len, eps)[:, None]
     if HAS_BIAS:
@@ -50,6 +52,7 @@ def head_linear_kernel(
     x,
     weight,
     scale,
+    zero,
     bias,
     norm_weight,
     q_norm,
@@ -80,6 +83,8 @@ def head_linear_kernel(
     head_stride,
     q_eps,
     k_eps,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -102,7 +107,9 @@ def head_linear_kernel(
 
     weight: rows of q [num_q_heads * D, k0], k [num_kv_heads * D, k1], v [.., k2] one after the other; scale and bias:
     one entry per row. Without CHAINED all read x [M, k_valid]; with it projection i reads x[:, x_i : x_i + k_i], or,
-    where k_i is 0, is already there: x[:, x_i :] (its scale is 1). partial: SPLIT_K shares per head and tile.
+    where k_i is 0, is already there: x[:, x_i :] (its scale is 1). With GROUP the weights are int4, scale and zero hold
+    one entry per group and row: [k / GROUP, rows], where CHAINED of each projection after the other. partial: SPLIT_K
+    shares per head and tile.
     """
     D: tl.constexpr = 2 * HALF
     SUBS: tl.constexpr = (D + BN - 1) // BN
@@ -135,15 +142,28 @@ def head_linear_kernel(
     else:
         weight_first = tl.cast(head - in_projection, tl.int64) * D * k_len
     w_row = in_projection * D + column
-    w_tile = weight + weight_first + w_row.to(tl.int64)[None, :] * k_len + tl.arange(0, BK)[:, None]
+    w_rows = w_row.to(tl.int64)[None, :]
 
     slice_len = tl.cdiv(k_len // BK, SPLIT_K) * BK
     k_begin = split * slice_len
     k_end = tl.minimum(k_begin + slice_len, k_len)
-    acc, squares = int8_product(
-        x_product, w_tile, norm_weight, rm, column < D, M, x_stride, k_begin, k_end, k_valid, NORM, MASK_K, MAGIC,
-        UPCAST, SM, BM, BN, BK,
-    )  # fmt: skip
+    if GROUP:
+        group_at = head * D + column
+        group_stride = (num_q_heads + 2 * num_kv_heads) * D
+        if CHAINED:
+            group_at = tl.cast(weight_first // GROUP, tl.int32) + w_row
+            group_stride = tl.where(is_k | is_v, num_kv_heads, num_q_heads) * D
+        w_tile = weight + word_index(weight_first) + w_rows * word_index(k_len) + tl.arange(0, BK // 4)[:, None]
+        acc, squares = int4_product(
+            x_product, w_tile, scale + group_at, zero + group_at, group_stride, norm_weight, rm, column < D, M,
+            x_stride, k_begin, k_end, k_valid, NORM, MASK_K, GROUP, ZERO, UPCAST, SM, BM, BN, BK,
+        )  # fmt: skip
+    else:
+        w_tile = weight + weight_first + w_rows * k_len + tl.arange(0, BK)[:, None]
+        acc, squares = int8_product(
+            x_product, w_tile, norm_weight, rm, column < D, M, x_stride, k_begin, k_end, k_valid, NORM, MASK_K, MAGIC,
+            UPCAST, SM, BM, BN, BK,
+        )  # fmt: skip
     if CHAINED:  # noqa: SIM102 (a constant and a run-time condition)
         if (k_len == 0) & (split == 0):
             there = x + rm.to(tl.int64)[:, None] * x_stride + (x_first + w_row)[None, :]
@@ -168,11 +188,11 @@ def head_linear_kernel(
                     rms += tl.load(shares + s * SHARE + BM * WIDTH + r, mask=ok, other=0.0, cache_modifier=".cg")
             a = _finished_half(
                 shares, rms, scale + head * D, bias + head * D, r, i, ok, i < HALF, k_valid, eps, SPLIT_K, SHARE,
-                WIDTH, NORM, HAS_BIAS, ROWS, HALF_PAD,
+                WIDTH, GROUP == 0, NORM, HAS_BIAS, ROWS, HALF_PAD,
             )  # fmt: skip
             b = _finished_half(
                 shares, rms, scale + head * D, bias + head * D, r, i + HALF, ok, i < HALF, k_valid, eps, SPLIT_K, SHARE,
-                WIDTH, NORM, HAS_BIAS, ROWS, HALF_PAD,
+                WIDTH, GROUP == 0, NORM, HAS_BIAS, ROWS, HALF_PAD,
             )  # fmt: skip
             write_heads(
                 a, b, row.to(tl.int64), ok, head, q_norm, k_norm, cos, sin, q_out, k_cache, v_cache, k_scale, v_scale,
@@ -207,7 +227,7 @@ def head_linear(
     chained = factors.starts is not None
     num_heads = num_q_heads + 2 * num_kv_heads
     if tile is None:
-        tile = gpu.tile("heads", num_rows, sum(factors.rows), max(factors.widths))
+        tile = gpu.tile("heads", num_rows, sum(factors.rows), max(factors.widths), factors.group)
     block_n = min(tile.block_n, max(16, next_power_of_2(head_dim)))
     subs, tiles_m = -(-head_dim // block_n), -(-num_rows // tile.block_m)
     units = num_heads * tiles_m
@@ -216,6 +236,7 @@ def head_linear(
         x,
         factors.weight,
         factors.scale,
+        factors.scale if factors.zero is None else factors.zero,
         factors.scale if factors.bias is None else factors.bias,
         factors.scale if norm is None else norm.weight,
         *head_arguments(heads, kv, slots, out),
@@ -230,6 +251,8 @@ def head_linear(
         num_q_heads,
         num_kv_heads,
         *head_scalars(heads, kv),
+        GROUP=factors.group,
+        ZERO=factors.zero is not None,
         HAS_BIAS=factors.bias is not None,
         NORM=norm is not None,
         CHAINED=chained,

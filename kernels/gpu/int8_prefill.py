@@ -129,7 +129,7 @@ def int8_rows_linear(
     tokens = x.values.shape[0]
     out = add_to if add_to is not None else torch.empty(tokens, matrix.rows, dtype=out_dtype, device=x.values.device)
     if out.numel():
-        tile = gpu.tile("int8_rows", tokens, matrix.rows, matrix.width)
+        tile = gpu.int8_rows_tile(tokens, matrix.rows, matrix.width)
         int8_rows_linear_kernel[(-(-tokens // tile.block_m) * -(-matrix.rows // tile.block_n),)](
             x.values,
             x.step,

@@ -12,8 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.gpu.configs import FEW_ROWS, MULTIPROCESSORS, Kernel, TileConfig, tile_config
-from kernels.gpu.layout import Int8Matrix
+from kernels.gpu.configs import (
+    FEW_ROWS,
+    MULTIPROCESSORS,
+    Product,
+    TileConfig,
+    int4_block_k,
+    kernel_name,
+    tile_config,
+)
+from kernels.gpu.layout import PackedMatrix
 
 _NUM_COUNTERS = 65536  # units of work (tiles, heads) of one launch that programs may share: 256 KB
 
@@ -37,9 +45,14 @@ class GpuContext:
         """Whether kernels run in Triton's interpreter."""
         return self.arch == 0
 
-    def tile(self, kernel: Kernel, rows: int, n: int, k: int) -> TileConfig:
-        """The configured tile, see `configs.tile_config`."""
-        return tile_config(kernel, rows, n, k, self.dtype, self.arch)
+    def tile(self, product: Product, rows: int, n: int, k: int, group: int = 0) -> TileConfig:
+        """The configured tile, see `configs.tile_config`; `group` of int4 weights, 0 means int8."""
+        block_k = int4_block_k(group) if group else None
+        return tile_config(kernel_name(product, group), rows, n, k, self.dtype, self.arch, block_k)
+
+    def int8_rows_tile(self, rows: int, n: int, k: int) -> TileConfig:
+        """The configured tile of int8 activations times int8 weights."""
+        return tile_config("int8_rows", rows, n, k, self.dtype, self.arch)
 
     def partials(self, count: int) -> Tensor:
         """Workspace of `count` float32, not initialized."""
@@ -58,13 +71,13 @@ def _architecture(device: torch.device) -> int:
     return max((arch for arch in MULTIPROCESSORS if arch <= 10 * major + minor), default=min(MULTIPROCESSORS))
 
 
-def check_input(x: Tensor, matrix: Int8Matrix) -> None:
+def check_input(x: Tensor, matrix: PackedMatrix) -> None:
     """Raises ValueError unless x is [T, in] with dense rows."""
     if x.shape[1] != matrix.in_features or x.stride(1) != 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; [T, {matrix.in_features}] with dense rows is needed")
 
 
-def masks_k(x: Tensor, matrix: Int8Matrix) -> bool:
+def masks_k(x: Tensor, matrix: PackedMatrix) -> bool:
     """Whether loads must stop at x's width: not where its rows are padded with zeros to the matrix's."""
     return x.shape[1] != matrix.width and x.stride(0) != matrix.width
 

@@ -1,4 +1,4 @@
-"""`Ops` on the compiled operations: int8 matrices in C, float ones in torch, activations float32.
+"""`Ops` on the compiled operations: int8 and int4 matrices in C, float ones in torch, activations float32.
 
 Not the portable CPU implementation (`kernels.cpu`), which serves where no extension was built. Norms,
 SiLU, rotation and the residual sum are inside the operations; a step is one call for all layers where they fit
@@ -11,28 +11,30 @@ from collections.abc import Sequence
 from ctypes import byref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu import check_gate_up, rms_norm
 from kernels.cpu_attention import paged_attention
-from kernels.cpu_linear import FloatMatrix, Joint, join
+from kernels.cpu_linear import FloatMatrix, Joint, Matrix, join
 from kernels.layers import Layer, run_one_by_one
+from kernels.native.int4 import int4_matrix
+from kernels.native.int8 import int8_matrix
 from kernels.native.library import WIDEST_HEAD, CHeads, CQueries, Pool, c_cache, machine_choice
 from kernels.native.matrix import PackedMatrix
-from kernels.native.program import Program, fits
+from kernels.native.program import Program, fits, matrices
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
-from kernels.weights import DenseWeight, Int8Weight, Leaf, LinearWeight
+from kernels.weights import DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight
 
-Rows = PackedMatrix | FloatMatrix  # an embedding; an int8 one is packed once for `embed` and `logits`
+Rows = PackedMatrix | FloatMatrix  # an embedding; one of integers is packed once for `embed` and `logits`
 
 
 class NativeOps:
     """See kernels.ops.Ops. Raises ValueError for a device that is not a CPU or activations other than float32, and
     RuntimeError where no extension can run here.
 
-    An int8 product of a row does not depend on the other rows, bit for bit, nor does attention on other sequences.
+    A product of a row with integers does not depend on the other rows, bit for bit, nor does attention on other
+    sequences.
     """
 
     name = "native"
@@ -52,7 +54,7 @@ class NativeOps:
         self._functions = choice.library.functions
         self._pool = Pool(choice.library, torch.get_num_threads())
         self._floats = False  # matrices that torch multiplies
-        self._program: Program | None = None  # of the layers and the cache that ran last
+        self._programs: dict[int, Program] = {}  # by the list of layers, over the cache that ran last
 
     def use_threads(self, count: int) -> None:
         """Let `count` threads work, at most as many as torch had when this was made.
@@ -64,7 +66,7 @@ class NativeOps:
         torch.set_num_threads(count if self._floats else 1)
 
     def prepare_linear(self, weight: LinearWeight) -> Joint:
-        """Pack one matrix or pair. The caller's tensors of int8 weights are copied: drop them."""
+        """Pack one matrix or pair. The caller's tensors of integers are copied: drop them."""
         return join([weight], self._lay_out)
 
     def prepare_qkv(self, q: LinearWeight, k: LinearWeight, v: LinearWeight) -> Joint:
@@ -75,20 +77,27 @@ class NativeOps:
     def prepare_gate_up(self, gate: LinearWeight, up: LinearWeight) -> Joint | PackedMatrix:
         """Pack two projections of one input. Raises ValueError when their shapes differ."""
         check_gate_up(gate, up)
-        if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight) and gate.bias is None and up.bias is None:
-            return PackedMatrix([gate, up], self._pool, alternate=True)
+        if gate.bias is None and up.bias is None:
+            if isinstance(gate, Int8Weight) and isinstance(up, Int8Weight):
+                return int8_matrix([gate, up], self._pool, alternate=True)
+            if isinstance(gate, Int4Weight) and isinstance(up, Int4Weight) and gate.group == up.group:
+                return int4_matrix([gate, up], self._pool, alternate=True)
         return join([gate, up], self._lay_out)
 
-    def prepare_embedding(self, weight: DenseWeight | Int8Weight, tied_head: bool = False) -> Rows:
-        """Pack an int8 table once, whether the head is tied to it or not; a float one is kept as it is stored."""
-        if isinstance(weight, Int8Weight):
-            return PackedMatrix([weight], self._pool)
+    def prepare_embedding(self, weight: Leaf, tied_head: bool = False) -> Rows:
+        """Pack a table of integers once, whether the head is tied to it or not; a float one is kept as it is stored."""
+        if not isinstance(weight, DenseWeight):
+            return self._lay_out([weight])
         self._floats |= tied_head
         return FloatMatrix(weight.weight.float() if tied_head else weight.weight)
 
     def nbytes(self, prepared: Joint | Rows) -> int:
         """Bytes resident, padding included."""
         return prepared.nbytes
+
+    def stores(self, layer: Layer) -> list[PackedMatrix]:
+        """The matrices of a layer whose integers may be moved (`PackedMatrix.move`)."""
+        return [matrix for matrix in matrices(layer) if isinstance(matrix, PackedMatrix)]
 
     def embed(self, token_ids: Tensor, table: Rows) -> Tensor:
         """token_ids int64 [T] -> float32 [T, hidden]."""
@@ -101,11 +110,11 @@ class NativeOps:
         batch: AttentionBatch, scale: float,
     ) -> Tensor:  # fmt: skip
         """See Ops; one call into C where all layers fit a `Program`."""
-        program = self._program
+        program = self._programs.get(id(layers))
         if program is None or program.layers is not layers or program.cache is not cache:
             if not fits(layers, cache):
                 return run_one_by_one(self, h, layers, cos, sin, cache, batch, scale)
-            program = self._program = Program(layers, cache, self._pool)
+            program = self._programs[id(layers)] = Program(layers, cache, self._pool)
         return program.run(h, cos, sin, batch, scale)
 
     def attention_input(
@@ -146,18 +155,21 @@ class NativeOps:
 
     def add_linear(self, h: Tensor, x: Tensor, weight: Joint) -> Tensor:
         """See Ops; overwrites `h`."""
-        first, output = weight.firsts[0], weight.outputs[0]
-        last = first if output.up is None else output.up
-        if output.bias is not None or not isinstance(last, PackedMatrix):
-            return h.add_(weight.finish([first.multiply(x)])[0])
-        return last.add_product(h, x if output.up is None else first.multiply(x))
+        output = weight.outputs[0]
+        for term in output.terms:
+            first = weight.firsts[term.first]
+            h = _add(h, x, first) if term.up is None else _add(h, first.multiply(x), term.up)
+        return h if output.bias is None else h.add_(output.bias)
 
     def mlp_input(self, h: Tensor, norm: Norm, weight: Joint | PackedMatrix) -> Tensor:
         """See Ops."""
         if isinstance(weight, PackedMatrix):
             return weight.gate_up_silu(h, norm)
         gate, up = self._apply(weight, h, norm)
-        return F.silu(gate).mul_(up)
+        self._functions.spq_silu_mul(
+            self._pool.address, gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), *gate.shape
+        )
+        return gate
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., n] float32 -> the same shape."""
@@ -182,7 +194,15 @@ class NativeOps:
     def _lay_out(self, leaves: list[Leaf]) -> PackedMatrix | FloatMatrix:
         quantized = [leaf for leaf in leaves if isinstance(leaf, Int8Weight)]
         if quantized:
-            return PackedMatrix(quantized, self._pool)
+            return int8_matrix(quantized, self._pool)
+        halves = [leaf for leaf in leaves if isinstance(leaf, Int4Weight)]
+        if halves:
+            return int4_matrix(halves, self._pool)
         self._floats = True
         floats = [leaf.weight.float() for leaf in leaves if isinstance(leaf, DenseWeight)]
         return FloatMatrix(floats[0].contiguous() if len(floats) == 1 else torch.cat(floats))
+
+
+def _add(h: Tensor, x: Tensor, matrix: Matrix) -> Tensor:
+    """h += x W^T."""
+    return matrix.add_product(h, x) if isinstance(matrix, PackedMatrix) else h.add_(matrix.multiply(x))

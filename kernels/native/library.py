@@ -19,7 +19,7 @@ import torch
 from kernels.ops import LayerKv
 
 STORE, ADD, GATE_UP = 0, 1, 2  # modes of spq_linear
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of a cache
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of a cache or of scales
 # Best first, by what torch found the CPU to have; ATEN_CPU_CAPABILITY lowers it as it does for torch.
 EXTENSIONS = {"AVX512": ("_avx512", "_avx2"), "AVX2": ("_avx2",)}
 BLOCK = 16  # outputs of a block of a packed matrix
@@ -27,7 +27,7 @@ WIDEST_HEAD = 512
 
 
 class CMatrix(Structure):
-    """`Matrix` of linear.c."""
+    """`Matrix` of native.h."""
 
     _fields_ = (
         ("packed", c_void_p),
@@ -36,6 +36,9 @@ class CMatrix(Structure):
         ("inputs", c_int64),
         ("segment", c_int64),
         ("levels", c_int64),
+        ("group", c_int64),
+        ("zero", c_void_p),
+        ("scale_kind", c_int64),
     )
 
 
@@ -149,12 +152,15 @@ def load(name: str, path: Path) -> Library:
         "spq_pool_new": (c_void_p, [c_int]),
         "spq_pool_limit": (None, [c_void_p, c_int]),
         "spq_pool_free": (None, [c_void_p]),
-        "spq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64]),
+        "spq_pack_int8": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64]),
+        "spq_pack_int4": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p, c_int64, c_int64]),
+        "spq_int4_block_bytes": (c_int64, [POINTER(CMatrix)]),
         "spq_embed": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p]),
         "spq_linear": (
             None,
             [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, POINTER(CMatrix), c_void_p, c_int64, c_int],
         ),
+        "spq_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64]),
         "spq_heads": (None, [c_void_p, POINTER(CHeads), POINTER(CCache)]),
         "spq_layers": (None, [c_void_p, c_void_p, c_void_p, c_int64, POINTER(CHeads), POINTER(CQueries), c_void_p]),
         "spq_attention": (None, [c_void_p, POINTER(CQueries), POINTER(CCache)]),

@@ -1,4 +1,4 @@
-/* Fused int8 operations of a LLaMA on x86-64: what the files of this folder share.
+/* Fused integer operations of a LLaMA on x86-64: what the files of this folder share.
  *
  * Not a general library: kernels.native.library is the only caller and checks shapes and pointers. Plain C, no Python
  * in it; one build per instruction set (pyproject.toml), the machine's best is chosen when it is loaded.
@@ -97,13 +97,40 @@ INLINE __m256 load8(const void *row, int64_t i, int64_t kind) {
 
 /* ---- the operations, one file each, and what layers.c hands them ---- */
 
+/* A matrix of integers in blocks of 16 outputs; int8.c and int4.c say how they lie. */
 typedef struct {
-    const int8_t *packed;
-    const float *scale; /* one per output, padded to whole blocks */
+    const void *packed;
+    const void *scale; /* int8: float32, one per output; int4: of `scale_kind` [blocks, groups, BLOCK]; padded to whole blocks */
     int64_t outputs, inputs;
-    int64_t segment; /* inputs of one integer sum, a multiple of 2 */
+    int64_t segment; /* int8: inputs of one integer sum, a multiple of 2 */
     int64_t levels;  /* largest integer of an activation */
+    int64_t group;   /* int4: inputs of one scale, a multiple of 2; 0 for int8 */
+    const uint8_t *zero; /* int4: as `scale`, or NULL: 8 everywhere */
+    int64_t scale_kind;
 } Matrix;
+
+INLINE int64_t groups_of(const Matrix *m) { return (m->inputs + m->group - 1) / m->group; }
+
+/* Activations as integers: x ~ integer * step. */
+typedef struct {
+    const int16_t *integers; /* [rows, stride], zero behind the inputs */
+    const float *step;       /* [rows] */
+    const int32_t *sums;     /* int4: [rows, groups], of the integers of each group */
+    int64_t stride;
+} Rows;
+
+#ifdef __AVX512VNNI__
+#define STRIP 12 /* rows of a register tile: enough independent sums to hide the latency of vpdpwssd */
+#else
+#define STRIP 6 /* 12 of 16 registers hold sums */
+#endif
+
+/* Values float32 [rows, BLOCK] of one block of outputs for `rows` (at most STRIP) rows of x from `row` on. */
+void int8_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values);
+void int4_block(const Matrix *m, const Rows *x, int64_t block, int64_t row, int rows, float *restrict values);
+/* A row of the matrix as it was before packing, scaled: out float32 [inputs]. */
+void int8_row(const Matrix *m, int64_t row, float *out);
+void int4_row(const Matrix *m, int64_t row, float *out);
 
 enum { STORE = 0, ADD = 1, GATE_UP = 2 };
 
@@ -130,6 +157,8 @@ typedef struct {
 
 void spq_linear(Pool *pool, const float *x, int64_t x_stride, int64_t rows, const float *norm, float eps,
                 const Matrix *m, float *y, int64_t y_stride, int mode);
+void spq_silu_mul(Pool *pool, float *gate, int64_t gate_stride, const float *up, int64_t up_stride, int64_t rows,
+                  int64_t columns);
 void spq_heads(Pool *pool, const Heads *heads, const Cache *cache);
 void spq_attention(Pool *pool, const Queries *queries, const Cache *cache);
 

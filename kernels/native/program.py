@@ -1,7 +1,7 @@
 """A stack of decoder layers as the compiled code reads it: built once per model, run once per step.
 
 Not the operations one by one (`kernels.native.backend`), which serve what does not fit here: float matrices in a layer,
-biases after attention or in the MLP, heads whose width is not a multiple of 8.
+and heads whose width is not a multiple of 8.
 """
 
 from __future__ import annotations
@@ -12,17 +12,36 @@ from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, pointe
 import torch
 from torch import Tensor
 
-from kernels.cpu_linear import Joint
+from kernels.cpu_linear import Joint, Matrix
 from kernels.layers import Layer
 from kernels.native.library import WIDEST_HEAD, CCache, CHeads, CMatrix, CQueries, Pool, c_cache
 from kernels.native.matrix import PackedMatrix
 from kernels.ops import AttentionBatch, LayerKv, Norm
 
+MOST_FIRSTS = 6  # of layers.c; three projections with corrections have no more
 
-class CMap(Structure):
-    """`Map` of layers.c."""
 
-    _fields_ = (("first", POINTER(CMatrix)), ("second", POINTER(CMatrix)))
+class COutput(Structure):
+    """`Output` of layers.c."""
+
+    _fields_ = (
+        ("first", c_int64 * 2),
+        ("column", c_int64 * 2),
+        ("second", POINTER(CMatrix) * 2),
+        ("bias", c_void_p),
+        ("columns", c_int64),
+    )
+
+
+class CJoint(Structure):
+    """`Joint` of layers.c."""
+
+    _fields_ = (
+        ("firsts", POINTER(CMatrix) * MOST_FIRSTS),
+        ("num_firsts", c_int64),
+        ("outputs", COutput * 3),
+        ("num_outputs", c_int64),
+    )
 
 
 class CLayer(Structure):
@@ -33,17 +52,15 @@ class CLayer(Structure):
         ("post_norm", c_void_p),
         ("input_eps", c_float),
         ("post_eps", c_float),
-        ("projections", POINTER(CMatrix)),
-        ("second", POINTER(CMatrix) * 3),
-        ("bias", c_void_p * 3),
-        ("column", c_int64 * 3),
+        ("qkv", CJoint),
+        ("out", CJoint),
+        ("down", CJoint),
+        ("gate_up", POINTER(CMatrix)),
+        ("apart", CJoint),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
         ("q_eps", c_float),
         ("k_eps", c_float),
-        ("out", CMap),
-        ("down", CMap),
-        ("gate_up", POINTER(CMatrix)),
         ("window", c_int64),
     )
 
@@ -57,8 +74,8 @@ class CLayers(Structure):
         ("count", c_int64),
         ("hidden", c_int64),
         ("query_heads", c_int64),
-        ("first", c_int64),
-        ("second", c_int64),
+        ("products", c_int64),
+        ("seconds", c_int64),
     )
 
 
@@ -72,15 +89,13 @@ class Program:
         entries = [_entry(layer) for layer in layers]
         self._entries = (CLayer * len(entries))(*entries)
         self._caches = (CCache * len(entries))(*(c_cache(kv) for kv in cache))
-        kv_heads, width = cache[0].key.shape[1:]
-        self._wide = _outputs(layers[0].qkv, 0)
-        firsts = [max(_stack(y.qkv).outputs, y.gate_up.outputs // 2, _middle(y.o)) for y in layers]
-        seconds = [max(2 * self._wide, _middle(y.down)) for y in layers]
-        pairs = any(output.up is not None for y in layers for output in y.qkv.outputs)
-        self._row = max(firsts) + max(seconds) + (2 * kv_heads * width if pairs else 0)
+        wide = _columns(layers[0].qkv, 0)
+        products = max(max(_products(y.qkv), _products(y.o), _products(y.gate_up)) for y in layers)
+        seconds = max(max(_seconds(y.qkv), _seconds(y.gate_up)) for y in layers)
+        self._row = products + seconds + max(max(2 * wide, _products(y.down)) for y in layers)
         self._layers = CLayers(
-            self._entries, self._caches, len(entries), _stack(layers[0].qkv).inputs, self._wide // width,
-            max(firsts), max(seconds),
+            self._entries, self._caches, len(entries), _packed(layers[0].qkv.firsts[0]).inputs,
+            wide // cache[0].key.shape[-1], products, seconds,
         )  # fmt: skip
 
     def run(self, h: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
@@ -106,14 +121,22 @@ def fits(layers: Sequence[Layer], cache: Sequence[LayerKv]) -> bool:
     return width % 8 == 0 and width <= WIDEST_HEAD and all(_fits(layer) for layer in layers)
 
 
+def matrices(layer: Layer) -> list[Matrix]:
+    """All matrices of a layer."""
+    joints = [layer.qkv, layer.o, layer.down]
+    found: list[Matrix] = []
+    if isinstance(layer.gate_up, PackedMatrix):
+        found.append(layer.gate_up)
+    else:
+        joints.append(layer.gate_up)
+    for joint in joints:
+        found += joint.firsts
+        found += [term.up for output in joint.outputs for term in output.terms if term.up is not None]
+    return found
+
+
 def _fits(layer: Layer) -> bool:
-    if not isinstance(layer.gate_up, PackedMatrix):
-        return False
-    for joint in (layer.qkv, layer.o, layer.down):
-        ups = [output.up for output in joint.outputs if output.up is not None]
-        if len(joint.firsts) != 1 or not all(isinstance(m, PackedMatrix) for m in [*joint.firsts, *ups]):
-            return False
-    return layer.o.outputs[0].bias is None and layer.down.outputs[0].bias is None
+    return all(isinstance(matrix, PackedMatrix) for matrix in matrices(layer))
 
 
 def _entry(layer: Layer) -> CLayer:
@@ -122,18 +145,15 @@ def _entry(layer: Layer) -> CLayer:
         post_norm=layer.post_norm.weight.data_ptr(),
         input_eps=layer.input_norm.eps,
         post_eps=layer.post_norm.eps,
-        projections=pointer(_stack(layer.qkv).c_matrix),
-        out=_map(layer.o),
-        down=_map(layer.down),
-        gate_up=pointer(layer.gate_up.c_matrix),
+        qkv=_joint(layer.qkv),
+        out=_joint(layer.o),
+        down=_joint(layer.down),
         window=layer.window or 0,
     )
-    for i, output in enumerate(layer.qkv.outputs):
-        entry.column[i] = 0 if output.columns is None else output.columns.start
-        if output.up is not None:
-            entry.second[i] = pointer(output.up.c_matrix)
-        if output.bias is not None:
-            entry.bias[i] = output.bias.data_ptr()
+    if isinstance(layer.gate_up, PackedMatrix):
+        entry.gate_up = pointer(layer.gate_up.c_matrix)
+    else:
+        entry.apart = _joint(layer.gate_up)
     if layer.q_norm is not None:
         entry.q_norm, entry.q_eps = _norm(layer.q_norm)
     if layer.k_norm is not None:
@@ -141,13 +161,25 @@ def _entry(layer: Layer) -> CLayer:
     return entry
 
 
+def _joint(joint: Joint) -> CJoint:
+    made = CJoint(num_firsts=len(joint.firsts), num_outputs=len(joint.outputs))
+    for i, matrix in enumerate(joint.firsts):
+        made.firsts[i] = pointer(_packed(matrix).c_matrix)
+    for i, output in enumerate(joint.outputs):
+        mine = made.outputs[i]
+        mine.first[:] = [-1, -1]
+        mine.columns = _columns(joint, i)
+        mine.bias = None if output.bias is None else output.bias.data_ptr()
+        for t, term in enumerate(output.terms):
+            mine.first[t] = term.first
+            mine.column[t] = 0 if term.columns is None else term.columns.start
+            if term.up is not None:
+                mine.second[t] = pointer(_packed(term.up).c_matrix)
+    return made
+
+
 def _norm(norm: Norm) -> tuple[int, float]:
     return norm.weight.data_ptr(), norm.eps
-
-
-def _map(joint: Joint) -> CMap:
-    up = joint.outputs[0].up
-    return CMap(pointer(_stack(joint).c_matrix), None if up is None else pointer(_packed(up).c_matrix))
 
 
 def _packed(matrix: object) -> PackedMatrix:
@@ -155,18 +187,23 @@ def _packed(matrix: object) -> PackedMatrix:
     return matrix
 
 
-def _stack(joint: Joint) -> PackedMatrix:
-    return _packed(joint.firsts[0])
+def _products(joint: Joint | PackedMatrix) -> int:
+    """Floats a row of what the first matrices give; of gate and up in one matrix, of their result."""
+    if isinstance(joint, PackedMatrix):
+        return joint.outputs // 2
+    return sum(_packed(matrix).outputs for matrix in joint.firsts)
 
 
-def _middle(joint: Joint) -> int:
-    """Width of what lies between the two factors; 0 for one matrix."""
-    return 0 if joint.outputs[0].up is None else _stack(joint).outputs
+def _seconds(joint: Joint | PackedMatrix) -> int:
+    """Floats a row of what comes out of second factors."""
+    if isinstance(joint, PackedMatrix):
+        return 0
+    return sum(_columns(joint, i) for i, output in enumerate(joint.outputs) if output.terms[0].up is not None)
 
 
-def _outputs(joint: Joint, index: int) -> int:
-    output = joint.outputs[index]
-    if output.up is not None:
-        return _packed(output.up).outputs
-    columns = output.columns
-    return _stack(joint).outputs if columns is None else columns.stop - columns.start
+def _columns(joint: Joint, index: int) -> int:
+    """Width of a projection."""
+    term = joint.outputs[index].terms[0]
+    if term.up is not None:
+        return _packed(term.up).outputs
+    return _packed(joint.firsts[term.first]).outputs if term.columns is None else term.columns.stop - term.columns.start

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from kernels.native.backend import NativeOps
 from kernels.ops import Ops, make_ops
 from server.config import ServerConfig
 from server.engine.engine import Engine, ModelInfo
@@ -21,16 +22,19 @@ from server.engine.kv_cache import allocate, bytes_per_token
 from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
 from server.engine.release import release_freed, release_libraries
+from server.engine.residency import settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
+from server.model.allocator import mapped_blocks
+from server.model.coded import CodedLayers
 from server.model.facts import compression_facts
 from server.model.load import WeightBytes, load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
-from server.sizes import format_bytes
 from spq.checkpoint import open_model
 from spq.errors import OptionError
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -68,23 +72,25 @@ def build_engine(
     progress("loading", 0.0)
     if device.type == "cpu":
         release_libraries()
-
-    def loaded(done: int, total: int) -> None:
-        if device.type == "cpu":
-            release_freed()
-        progress("loading", done / total)
-
-    model, used = load_model(source, ops, wanted_len, loaded)
-    manifest = source.manifest
-    source.close()
+    coded = pick_resident(config, ops, threads)
+    with mapped_blocks():
+        model, used = load_model(source, ops, wanted_len, lambda done, total: progress("loading", done / total), coded)
+        facts = compression_facts(source)
+        source.close()
+        ops.use_threads(threads)
+        kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
+        if coded is not None:
+            settle(model, coded, kv_dtype, config.resident_tolerance)
+            used.leave_coded(coded)
     before = read_memory(device)
     if config.memory_budget is not None and before.process > config.memory_budget:
+        fewer = (
+            "" if device.type == "cuda" else " (--resident coded --resident-tolerance 1 holds layers in fewer bytes)"
+        )
         raise MemoryBudgetError(
             f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
-            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache"
+            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache{fewer}"
         )
-    ops.use_threads(threads)
-    kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
     recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
 
@@ -93,7 +99,8 @@ def build_engine(
 
     workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
-    if config.threads is None and device.type == "cpu":
+    decodes = coded is not None and bool(coded.coded)  # which gains from every core
+    if config.threads is None and device.type == "cpu" and not decodes:
         pick_threads(model, threads, config.block_size, kv_dtype)
     if device.type == "cpu":
         release_freed()
@@ -155,7 +162,7 @@ def build_engine(
         device=device_name(device),
         backend=ops.name,
         ledger=ledger,
-        compression=compression_facts(spec, manifest),
+        compression=facts,
     )
     return Engine(loop, info, max_queue=config.max_queue)
 
@@ -172,12 +179,29 @@ def make_ledger(
     return {
         "weights": used.weights,
         "low_rank": used.low_rank,
+        "coded": used.coded,
+        "arena": used.arena,
         "kv": kv,
         "workspace": workspace,
         "graphs": graphs,
-        "other": process - workspace - graphs - used.weights - used.low_rank,
+        "other": process - workspace - graphs - used.total,
         "free": plan.limit - process - kv,
     }
+
+
+def pick_resident(config: ServerConfig, ops: Ops, threads: int) -> CodedLayers | None:
+    """What takes the layers where they stay coded. Raises OptionError where this back end cannot run them."""
+    if config.resident == "decoded":
+        return None
+    if isinstance(ops, NativeOps):
+        return CodedLayers(ops, threads)
+    reason = {
+        "triton": "there is no entropy decoder for GPUs among our dependencies, and one on the host would send every "
+        "layer over the bus for each token",
+        "cpu": "torch packs its matrices in a form that can be neither coded nor moved; the native back end needs a C "
+        "compiler when it is installed",
+    }.get(ops.name, "it keeps weights as they were loaded")
+    raise OptionError(f"--resident coded needs the native back end on a CPU, this is {ops.name}: {reason}")
 
 
 def pick_device(config: ServerConfig) -> torch.device:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from server.sizes import format_bytes
+from spq.sizes import format_bytes
 
 MIB = 1024**2
 MARGIN_BYTES = 32 * MIB  # kept free for what grows after start: allocator slack,

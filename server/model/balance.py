@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Norm
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, LinearWeight, LowRankWeight
 
 MAX_EXPONENT = 8  # a factor is at most 2^8: enough for any outlier seen, and float16 stays in range
 
@@ -52,10 +52,17 @@ def _row_norms(weight: LinearWeight) -> Tensor:
 def _scale_rows(weight: LinearWeight, exponents: Tensor) -> LinearWeight:
     """Row i times 2^exponents[i], the bias too."""
     bias = None if weight.bias is None else _shift(weight.bias, exponents)
+    if isinstance(weight, CorrectedWeight):
+        main, correction = _scale_rows(weight.main, exponents), _scale_rows(weight.correction, exponents)
+        assert not isinstance(main, LowRankWeight | CorrectedWeight) and isinstance(correction, LowRankWeight)
+        return CorrectedWeight(main, correction)
     if isinstance(weight, LowRankWeight):
         up = _scale_rows(weight.up, exponents)
-        assert not isinstance(up, LowRankWeight)
+        assert not isinstance(up, LowRankWeight | CorrectedWeight)
         return LowRankWeight(weight.down, up)
+    if isinstance(weight, Int4Weight):
+        scale = _shift(weight.scale.float(), exponents[:, None])  # a float16 scale could leave its range
+        return Int4Weight(weight.qweight, scale, weight.zero, weight.group, weight.in_features, bias)
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.qweight, _shift(weight.scale, exponents), bias)
     return DenseWeight(_shift(weight.weight, exponents[:, None]), bias)

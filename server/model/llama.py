@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.layers import Layer
 from kernels.ops import AttentionBatch, LayerKv, Norm, Ops
+from server.model.coded import CodedLayers
 from server.model.rope import RotaryTable
 from spq.architecture import ModelSpec
 
@@ -23,7 +24,7 @@ class ModelWeights:
     """All of a model."""
 
     embedding: Any
-    layers: list[Layer]
+    layers: list[Layer] | CodedLayers
     norm: Norm
     head: Any  # the embedding's table where tied
 
@@ -46,7 +47,10 @@ class Llama:
         ops = self.ops
         cos, sin = self.rope.cos_sin(positions, lengths)
         h = ops.embed(token_ids, self._weights.embedding)
-        return ops.run_layers(h, self._weights.layers, cos, sin, cache, batch, self._scale)
+        layers = self._weights.layers
+        if isinstance(layers, CodedLayers):
+            return layers.run(h, cos, sin, cache, batch, self._scale)
+        return ops.run_layers(h, layers, cos, sin, cache, batch, self._scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] as `forward` returns it -> float32 [R, vocab]."""

@@ -6,13 +6,14 @@ Not a file reader (`spq.checkpoint` is) and not a compressor: it takes packed or
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kernels.layers import Layer
 from kernels.ops import Norm, Ops
 from kernels.weights import LinearWeight, LowRankWeight
 from server.model.balance import balance_norms, balance_projections
+from server.model.coded import CodedLayers
 from server.model.llama import Llama, ModelWeights
 from server.model.rope import RotaryTable
 from spq.checkpoint import WeightSource
@@ -24,12 +25,35 @@ class WeightBytes:
 
     weights: int = 0
     low_rank: int = 0  # matrices stored as factor pairs
+    coded: int = 0  # integers that stay coded: they are in neither of the above
+    arena: int = 0  # what these are decoded into
+    by_layer: list[tuple[int, int]] = field(default_factory=list)  # the first two of each layer, all decoded
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.low_rank + self.coded + self.arena
+
+    def leave_coded(self, layers: CodedLayers) -> None:
+        """Count the integers of the layers that stay coded as what they are in memory."""
+        for number, layer in layers.coded.items():
+            weights, low_rank = self.by_layer[number]
+            share = round(layer.decoded_bytes * low_rank / (weights + low_rank))
+            self.low_rank -= share
+            self.weights -= layer.decoded_bytes - share
+        self.coded, self.arena = layers.coded_bytes, layers.arena_bytes
 
 
 def load_model(
-    source: WeightSource, ops: Ops, max_len: int, progress: Callable[[int, int], None] | None = None
+    source: WeightSource,
+    ops: Ops,
+    max_len: int,
+    progress: Callable[[int, int], None] | None = None,
+    coded: CodedLayers | None = None,
 ) -> tuple[Llama, WeightBytes]:
-    """The model, and what it weighs. `progress(layers done, layers)` is called after each layer.
+    """The model, and what it weighs decoded. `progress(layers done, layers)` is called after each layer.
+
+    `coded`, where given, takes the layers; it must be new.
 
     Raises spq.errors.ModelFileError where the folder is inconsistent.
     """
@@ -53,9 +77,11 @@ def load_model(
     table = source.embedding()
     embedding = count(ops.prepare_embedding(table, tied_head=spec.tied), table)
     del table  # as large as the packed one, and would stay to the end
-    layers = []
+    layers: list[Layer] = []
+    add = layers.append if coded is None else coded.add
     for i in range(spec.num_layers):
         prefix = spec.layer_prefix(i)
+        before = used.weights, used.low_rank
         q, k, v, o = (source.linear(f"{prefix}.self_attn.{name}_proj") for name in "qkvo")
         q_norm = k_norm = None
         if spec.qk_norm:
@@ -63,7 +89,7 @@ def load_model(
         else:
             q, k = balance_projections(q, k, spec.head_dim)
         gate, up, down = (source.linear(f"{prefix}.mlp.{name}_proj") for name in ("gate", "up", "down"))
-        layers.append(
+        add(
             Layer(
                 input_norm=norm(f"{prefix}.input_layernorm"),
                 qkv=count(ops.prepare_qkv(q, k, v), q, k, v),
@@ -76,6 +102,7 @@ def load_model(
                 window=spec.windows[i],
             )
         )
+        used.by_layer.append((used.weights - before[0], used.low_rank - before[1]))
         if progress is not None:
             progress(i + 1, spec.num_layers)
     last_norm = norm("model.norm")
@@ -85,4 +112,4 @@ def load_model(
         weight = source.linear("lm_head")
         head = count(ops.prepare_linear(weight), weight)
     rope = RotaryTable(spec.config, max_len, ops.device)
-    return Llama(spec, ops, ModelWeights(embedding, layers, last_norm, head), rope), used
+    return Llama(spec, ops, ModelWeights(embedding, layers if coded is None else coded, last_norm, head), rope), used

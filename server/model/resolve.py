@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 
 from server.config import ServerConfig
-from server.sizes import format_bytes
 from spq.cache import packed_path
 from spq.calibrate import bundled_calibration, read_text, text_hash
 from spq.checkpoint import open_model
 from spq.config import SPQConfig
-from spq.errors import OutputError, SpqError
+from spq.errors import OptionError, OutputError, SpqError
 from spq.hub import find_model
 from spq.progress import Progress
+from spq.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,16 @@ def prepare_folder(config: ServerConfig, device: torch.device, report: Report) -
     source = open_model(folder)
     packed, layers = source.manifest is not None, source.spec.num_layers
     source.close()
-    if packed or config.preset == "none":
+    if packed and config.weight_budget is not None:
+        raise OptionError(f"{folder}: already packed, --weight-budget {config.weight_budget} has no use; leave it out")
+    if packed or (config.preset == "none" and config.weight_budget is None):
         return folder
-    options = SPQConfig.preset(config.preset)
+    if config.weight_budget is None:
+        options = SPQConfig.preset(config.preset)
+    else:
+        options = SPQConfig.preset("budget", budget=config.weight_budget)
     text = ""
-    if options.uses_pruning:
+    if options.uses_text:
         text = read_text(bundled_calibration() if config.calibration is None else Path(config.calibration))
     from spq.compress import compress  # brings what a packed folder is served without
 

@@ -45,7 +45,7 @@ def test_quick_run_prints_a_table_and_json(tmp_path: Path) -> None:
     assert report["int8_methods"]["cpu"] in {"fbgemm", "onednn", "widened"}
     results = report["results"]
     assert len(lines) == len(results) + 3
-    operations = {"int8_linear", "low_rank", "mlp_input", "attention_input"}
+    operations = {"int8_linear", "int4_linear", "low_rank", "mlp_input", "attention_input"}
     operations |= {"decode_attention", "prefill_attention"}
     backends = {r["backend"] for r in results}
     assert backends == {"reference", "cpu"} | ({"native"} if machine_choice().library else set())
@@ -58,6 +58,8 @@ def test_quick_run_prints_a_table_and_json(tmp_path: Path) -> None:
     linear = next(r for r in results if r["op"] == "int8_linear" and r["shape"]["rows"] == 3)
     assert linear["shape"] == {"rows": 3, "out": 48, "in": 64}
     assert linear["nbytes"] == 48 * 64 + 48 * 4 + 3 * (48 + 64) * 4
+    halves = next(r for r in results if r["op"] == "int4_linear" and r["shape"]["rows"] == 3)
+    assert halves["nbytes"] == 48 * 32 + 48 * 2 + 3 * (48 + 64) * 4
 
 
 def test_items_rotate() -> None:

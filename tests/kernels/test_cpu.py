@@ -13,10 +13,18 @@ from torch import Tensor
 from kernels import cpu_linear
 from kernels.cpu import CpuOps
 from kernels.cpu_engines import EngineChoice, digit_bound, machine_choice
-from kernels.cpu_linear import DigitMatrix, WidenedMatrix, lay_out_int8
+from kernels.cpu_linear import DigitMatrix, WidenedInt4Matrix, WidenedMatrix, lay_out_int8
 from kernels.ops import LayerKv, make_ops
 from kernels.reference import ReferenceOps
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import (
+    CorrectedWeight,
+    DenseWeight,
+    Int4Weight,
+    Int8Weight,
+    LinearWeight,
+    LowRankWeight,
+    pack_int4,
+)
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOps(CPU, torch.float64)
@@ -48,13 +56,26 @@ def dense(rows: int, columns: int, bias: bool = False, dtype: torch.dtype = torc
     return DenseWeight(weight, torch.randn(rows).to(dtype) if bias else None)
 
 
+def int4(rows: int, columns: int, group: int = 32, bias: bool = False, zeros: bool = True) -> Int4Weight:
+    groups = -(-columns // group)
+    q = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    scale = (torch.rand(rows, groups) / columns**0.5 / 4).half()
+    zero = torch.randint(6, 11, (rows, groups), dtype=torch.uint8) if zeros else None
+    return Int4Weight(pack_int4(q), scale, zero, group, columns, torch.randn(rows) if bias else None)
+
+
 def error_bound(x: Tensor, weight: LinearWeight) -> Tensor:
     """float64 [T, out]: most the CPU result may differ from the exact one.
 
     Int8: the two-digit bound (module docstring of cpu_engines) at the coarser digit of 63. Float: K roundings of
-    sum|x||w|. A pair: what the first factor's error becomes through |up|, plus the second factor's own on an input
-    that may be larger by that error. A bias adds one rounding of the result.
+    sum|x||w|, int4 included: its float32 weights are exact. A pair: what the first factor's error becomes through
+    |up|, plus the second factor's own on an input that may be larger by that error. A correction adds its own error
+    and one rounding of the sum, a bias another.
     """
+    if isinstance(weight, CorrectedWeight):
+        main, correction = (REFERENCE.linear(x.double(), part).abs() for part in (weight.main, weight.correction))
+        both = error_bound(x, weight.main) + error_bound(x, weight.correction)
+        return both * 1.001 + 4 * EPS * (main + correction) + EPS * 8
     if isinstance(weight, LowRankWeight):
         first = error_bound(x, weight.down)
         t = REFERENCE.linear(x.double(), weight.down)
@@ -62,7 +83,7 @@ def error_bound(x: Tensor, weight: LinearWeight) -> Tensor:
     if isinstance(weight, Int8Weight):
         bound = digit_bound(x, weight.qweight, weight.scale, 63)
     else:
-        bound = x.double().abs() @ weight.weight.double().abs().t() * weight.shape[1] * EPS
+        bound = x.double().abs() @ weight.dequantize().double().abs().t() * weight.shape[1] * EPS
     return bound if weight.bias is None else bound + 4 * EPS * REFERENCE.linear(x.double(), weight).abs() + EPS * 8
 
 
@@ -81,6 +102,13 @@ KINDS: dict[str, Any] = {
     "pair rank 1": lambda n, k: LowRankWeight(int8(1, k), int8(n, 1)),
     "pair float": lambda n, k: LowRankWeight(dense(50, k), dense(n, 50)),
     "pair mixed": lambda n, k: LowRankWeight(int8(50, k), dense(n, 50, bias=True)),
+    "int4": lambda n, k: int4(n, k, bias=True),
+    "int4 symmetric": lambda n, k: int4(n, k, zeros=False),
+    "int4 wide groups": lambda n, k: int4(n, k, 128),
+    "pair int4": lambda n, k: LowRankWeight(int4(51, k), int4(n, 51, bias=True)),
+    "int4 corrected": lambda n, k: CorrectedWeight(int4(n, k, bias=True), LowRankWeight(int8(5, k), int8(n, 5))),
+    "int8 corrected": lambda n, k: CorrectedWeight(int8(n, k), LowRankWeight(int4(5, k), int4(n, 5))),
+    "float corrected": lambda n, k: CorrectedWeight(dense(n, k), LowRankWeight(dense(5, k), dense(n, 5))),
 }
 
 
@@ -100,6 +128,9 @@ def test_linear(ops: CpuOps, kind: str, rows: int, columns: int, out: int) -> No
         ("int8", "pair int8", "dense"),
         ("dense", "pair float", "dense bfloat16"),
         ("pair mixed", "dense", "pair int8"),
+        ("int4", "int4 symmetric", "int4 wide groups"),
+        ("int8 corrected", "pair int4", "int4 corrected"),
+        ("int4 corrected", "int8", "int4 corrected"),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 5])
@@ -112,7 +143,16 @@ def test_qkv(ops: CpuOps, kinds: Sequence[str], rows: int) -> None:
         assert_linear(output, x, weight)
 
 
-@pytest.mark.parametrize("kinds", [("int8", "int8"), ("pair int8", "int8"), ("dense", "pair float")])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("int8", "int8"),
+        ("pair int8", "int8"),
+        ("dense", "pair float"),
+        ("int4", "int4 corrected"),
+        ("pair int4", "int8"),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 6])
 def test_gate_up(ops: CpuOps, kinds: Sequence[str], rows: int) -> None:
     gate, up = (KINDS[kind](77, 130) for kind in kinds)
@@ -149,13 +189,14 @@ def test_rows_of_packed_matrices_do_not_depend_on_the_batch(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float32", "bfloat16"])
 def test_embedding(ops: CpuOps, kind: str, tied: bool) -> None:
-    table: DenseWeight | Int8Weight = int8(90, 64) if kind == "int8" else dense(90, 64, dtype=getattr(torch, kind))
+    makers: dict[str, Any] = {"int8": int8, "int4": int4}
+    table = makers[kind](90, 65) if kind in makers else dense(90, 65, dtype=getattr(torch, kind))
     prepared = ops.prepare_embedding(table, tied)
     ids = torch.tensor([5, 0, 89, 5])
     torch.testing.assert_close(ops.embed(ids, prepared), REFERENCE.embed(ids, table).float(), rtol=EPS, atol=0)
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 65)
     if tied:
         assert_linear(ops.logits(x, prepared), x, table)
     else:
@@ -175,6 +216,8 @@ def test_nbytes() -> None:
     shared = dense(10, 30)
     assert ops.nbytes(ops.prepare_embedding(shared, tied_head=True)) == 1200
     assert ops.nbytes(ops.prepare_embedding(dense(10, 30, dtype=torch.float16), tied_head=True)) == 600 + 1200
+    halves = int4(10, 31)
+    assert ops.nbytes(ops.prepare_embedding(halves, tied_head=True)) == halves.nbytes == 10 * (16 + 3)
     head = int8(640, 512)
     untied, tied = (ops.nbytes(ops.prepare_embedding(head, tied_head=t)) for t in (False, True))
     assert untied == 640 * 516
@@ -216,6 +259,31 @@ def test_widened_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     y = WidenedMatrix(weight.qweight, weight.scale, 0).multiply(x)
     bound = x.double().abs() @ weight.dequantize().double().abs().t() * 44 * EPS
     assert ((y - REFERENCE.linear(x.double(), weight)).abs() <= bound).all()
+
+
+def test_widened_int4_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "WIDEN_ELEMENTS", 100)
+    weight, x = int4(17, 41), torch.randn(3, 41)
+    assert_linear(WidenedInt4Matrix(weight).multiply(x), x, weight)
+
+
+def test_inconsistent_int4_and_corrections_are_refused() -> None:
+    ops, pair = CpuOps(CPU), LowRankWeight(int8(2, 40), int8(6, 2))
+    changes: dict[str, Any] = {
+        "groups of 3": {"group": 3},
+        r"qweight \[6, 21\], not \[6, 20\]": {"qweight": torch.zeros(6, 21, dtype=torch.uint8)},
+        r"scale \[6, 1\], not \[6, 2\]": {"scale": torch.ones(6, 1).half()},
+        r"zero \[5, 2\]": {"zero": torch.zeros(5, 2, dtype=torch.uint8)},
+        "scales in torch.float64": {"scale": torch.ones(6, 2).double()},
+        r"bias of shape \(5,\)": {"bias": torch.ones(5)},
+    }
+    for message, change in changes.items():
+        with pytest.raises(ValueError, match=message):
+            ops.prepare_linear(dataclasses.replace(int4(6, 40), **change))
+    with pytest.raises(ValueError, match=r"\(5, 40\) has a correction of shape \(6, 40\)"):
+        ops.prepare_linear(CorrectedWeight(int4(5, 40), pair))
+    with pytest.raises(ValueError, match="correction has a bias"):
+        ops.prepare_linear(CorrectedWeight(int4(6, 40), dataclasses.replace(pair, up=int8(6, 2, bias=True))))
 
 
 def test_refusals() -> None:

@@ -43,6 +43,7 @@ def test_an_empty_variable_is_no_choice() -> None:
         (["--model", "m", "--colour", "red"], {}, "unrecognized arguments: --colour"),
         (["--model", "m"], {"SPQ_DEVICE": "tpu"}, "--device: Input should be 'auto', 'cuda' or 'cpu', got 'tpu'"),
         (["--model", "m", "--max-batch-tokens", "64"], {}, "--max-batch-tokens 64 must exceed --max-num-seqs 64"),
+        (["--model", "m", "--resident-tolerance", "0.5"], {}, "--resident-tolerance is about --resident coded"),
     ],
 )
 def test_wrong_options_end_with_one_line(

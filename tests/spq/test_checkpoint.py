@@ -67,17 +67,25 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (edit_manifest(lambda m: m.update(format_version=2)), PackedFormatError, "packed format version 2, .* reads 1"),
+        (edit_manifest(lambda m: m.update(format_version=3)), PackedFormatError, "packed format version 3, .* reads"),
         (edit_manifest(lambda m: m.pop("mlp_widths")), PackedFormatError, "quantization_config.mlp_widths: Field req"),
         (edit_manifest(lambda m: m.update(adapter={})), PackedFormatError, "quantization_config.adapter: Extra"),
         (edit_manifest(lambda m: m.update(mlp_widths=[72])), PackedFormatError, "1 entries for 3 layers"),
         (edit_manifest(lambda m: m["modules"].pop(UP)), PackedFormatError, f"module {UP} is missing from"),
         (edit_manifest(lambda m: m["modules"].update(extra=m["modules"][UP])), PackedFormatError, "extra is unknown"),
         (edit_manifest(lambda m: m["modules"][UP].update(shape=[1, 2])), PackedFormatError, rf"{UP} is \[1, 2\]"),
-        (edit_manifest(lambda m: m["modules"][UP].update(rank=3)), PackedFormatError, f"{UP} is int8 with rank 3"),
+        (
+            edit_manifest(lambda m: m["modules"][UP].update(rank=3)),
+            PackedFormatError,
+            "up_proj: Value error, int8 with rank 3",
+        ),
         (edit_manifest(lambda m: m.update(quant_method="gptq")), UnsupportedModelError, "quantized with 'gptq'.*orig"),
         (edit_tensors(lambda t: t.pop(f"{UP}.scale")), PackedFormatError, f"tensor {UP}.scale .* is missing"),
-        (edit_tensors(lambda t: t.update(lora=torch.zeros(2))), PackedFormatError, "tensor lora is not part of packed"),
+        (
+            edit_tensors(lambda t: t.update(lora=torch.zeros(2))),
+            PackedFormatError,
+            "tensor lora is not in its manifest",
+        ),
         (
             edit_tensors(lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][1:].contiguous()})),
             PackedFormatError,

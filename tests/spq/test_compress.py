@@ -30,6 +30,7 @@ FAMILIES = ["llama", "llama_bias", "mistral", "qwen2", "qwen3"]
 
 def tiny_options(**overrides: Any) -> SPQConfig:
     values = {"variance_threshold": 0.6, "max_prune_ratio": 0.3, "calibration_windows": 4, "calibration_len": 16}
+    values |= {"prune_score": "up", "compensation": "none"}  # each matrix on its own: what is stored can be recomputed
     return SPQConfig.preset("default", **(values | overrides))
 
 

@@ -103,6 +103,6 @@ def test_half_precision_keeps_float32_scales(
 def test_other_versions_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
     compress(make_model(), tmp_path / "a", SPQConfig.preset("int8"), calibration_text="", device=torch.device("cpu"))
     config = tmp_path / "a" / "config.json"
-    config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 9'))
+    config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 9'))
     with pytest.raises(PackedFormatError, match="version 9"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")

@@ -4,50 +4,129 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from spq.results import Row, main, verdict
+from spq.config import SPQConfig
+from spq.judge import Judge
+from spq.results import find_cases, main
+from spq.results_page import against_gptq, ensemble, predictions, table
+from spq.rows import Row, TextScore, read_rows, write_rows
+from spq.texts import EvaluationText
+from spq.trials import AT, Trials
+from spq.variants import DEFAULT, FLOAT16, INT8, Family, Setting, budget_name, parts, search, variants
+from tests.spq.test_gptq import make_checkpoint
 
-
-def test_verdict_is_computed() -> None:
-    rows = [
-        Row("float16", 1000, 1.0, 10.0, 0, 0, None),
-        Row("int8 alone", 500, 0.5, 10.0, 0, 0, 1.0),
-        Row("a", 450, 0.45, 10.5, 1, 0, 1.0),  # -10 % bytes, +5 %
-        Row("b", 490, 0.49, 10.5, 0, 9, 1.0),  # -2 %, +5 %
-        Row("c", 600, 0.6, 10.5, 0, 9, 1.0),
-        Row("d", 500, 0.5, 10.0, 0, 0, 1.0),
-        Row("default (SPQ)", 450, 0.45, 10.1, 1, 0, 1.0),
-    ]
-    text = verdict(rows)
-    assert "int8 alone takes 50.0% of float16 for +0.00% perplexity." in text
-    assert "a: -10.00% bytes and +5.00% perplexity against int8 alone: pays." in text
-    assert "b: -2.00% bytes and +5.00% perplexity against int8 alone: does not pay." in text
-    assert "c: +20.00% bytes and +5.00% perplexity against int8 alone: dominated (no fewer bytes)." in text
-    assert "d: +0.00% bytes and +0.00% perplexity against int8 alone: changes nothing." in text
-    assert text.endswith("SVD and pruning together (default): pay.")
+SETTING = Setting(window=32, group=16)
 
 
-def test_a_real_model(real_model: Callable[[str], Path], tmp_path: Path) -> None:
-    models = real_model("stories260K").parent
-    stories = models.parent / "data" / "tinystories_sample" / "tinystories_sample.txt"
-    if not stories.is_file():
-        pytest.skip("TinyStories sample is not here")
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "stories260K").symlink_to(models / "stories260K")
-    short = tmp_path / "stories.txt"
-    short.write_text(stories.read_text()[:200_000])
-    out = tmp_path / "results.md"
-    arguments = ["--models", str(tmp_path / "models"), "--stories", str(short), "--max-tokens", "4000"]
-    assert main([*arguments, "--out", str(out)]) == 0
-    text = out.read_text()
-    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][1:]
-    assert [row[0].strip() for row in table][:2] == ["float16", "int8 alone"] and len(table) == 7
-    base, int8 = float(table[0][3]), float(table[1][3])
-    assert 4.0 < base < 6.0 and abs(int8 / base - 1) < 0.01
-    assert "Verdict (computed)" in text and str(tmp_path) not in text
+def row(name: str, kib: float, perplexity: float, **options: float) -> Row:
+    score = TextScore(perplexity=perplexity, nll=0.0, num_tokens=1, protocol="p", top1=0.9, kl=0.1)
+    nbytes = int(1024 * kib)
+    return Row(name=name, file_bytes=nbytes, resident_bytes=nbytes, texts={"t": score}, options=dict(options))
+
+
+def named(*rows: Row) -> dict[str, Row]:
+    return {found.name: found for found in rows}
+
+
+def test_gptq_is_compared_both_ways() -> None:
+    assert "needs GPTQModel" in against_gptq(named(row(FLOAT16, 100, 10.0)))
+    rival = row("GPTQ 4 bits", 40, 10.5)
+    ours = f"SPQ budgeted{AT}{rival.name}"
+    text = against_gptq(named(rival, row(ours, 40, 10.4), row(budget_name(5), 30, 10.5), row(budget_name(4), 25, 11)))
+    assert "40.0 to 40.0 KiB): at least as good on t (10.400 to 10.500)" in text and "takes 75.0% of its bytes" in text
+    text = against_gptq(named(rival, row(ours, 40, 10.6)))
+    assert "**worse** on t (10.600 to 10.500)" in text and "No measured budget reaches" in text
+
+
+@pytest.mark.parametrize(
+    ("svd", "pruning", "word"),
+    [(11.0, 12.0, "**confirmed**"), (9.0, 9.5, "is **refuted**"), (9.0, 12.0, "**refuted in part**")],
+)
+def test_the_ablation_is_judged(svd: float, pruning: float, word: str) -> None:
+    parts_of = [row(f"SVD {i}{AT}{DEFAULT}", 50, svd) for i in range(3)]
+    parts_of += [row(f"pruning {i}{AT}{DEFAULT}", 50, pruning) for i in range(3)]
+    text = ensemble(named(row(DEFAULT, 50, 10.0), row(INT8, 51, 9.9), *parts_of))
+    assert word in text and "int8 alone, +2.0% bytes: 9.900" in text
+    assert len(parts(SETTING)) == len(parts_of)
+    assert ensemble(named(row(DEFAULT, 50, 10.0), parts_of[0])).endswith("Not all parts are measured: no verdict.")
+    too_large = ensemble(named(row(DEFAULT, 50, 10.0), row(f"SVD, float{AT}{DEFAULT}", 80, 9.0)))
+    assert "cannot be made so small (+60% at its smallest" in too_large
+
+
+def test_predictions_off_by_more_than_5_percent_are_named() -> None:
+    base = row(FLOAT16, 100, 10.0)
+    near = row(budget_name(6), 40, 10.2, rise=0.02, predicted=10.2, measured=10.2)
+    far = row(budget_name(4), 30, 12.0, rise=0.05, predicted=10.5, measured=11.9, weak=True)
+    ignored = row(budget_name(3), 20, 90.0, rise=0.1)
+    assert "The 1 measured of the budgets of 8 to 4 bits are within 5 %" in predictions(named(base, near, ignored))
+    text = predictions(named(base, near, far))
+    assert "**Off by more than 5 %** at: 4 bits, said to be weak by the tool." in text
+
+
+def test_the_table_is_sorted_and_names_what_is_missing() -> None:
+    rows = [row("small", 10, 9.0), row("large", 20, 8.0), Row(name="never", options={"why_not": "too small"})]
+    lines = table(rows)
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["large", "small"]
+    assert lines[-1] == "never: too small."
+
+
+def test_the_search_ends_at_or_below_the_bytes() -> None:
+    family = Family("f", lambda dial: SPQConfig(), 0.0, 1.0)
+    for target in (250, 600, 999):
+        dial = search(lambda x: int(1000 * (1 - x)), family, target)
+        assert 0.98 * target - 5 <= int(1000 * (1 - dial)) <= target
+    assert search(lambda x: 2000, family, 500) == 1.0
+
+
+def trials(source: Path, text: str, tmp_path: Path) -> Trials:
+    texts = [EvaluationText("a", text[:400]), EvaluationText("b", text[400:900])]
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    return Trials(
+        source, texts, text, SETTING, tmp_path / "scratch", tmp_path / "rows.jsonl", None, 1, False, lambda name: None
+    )
+
+
+def test_rows_are_measured_and_gone_on_from(make_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    source = make_model(tied=True)
+    make_checkpoint(source, tmp_path / "gptq", 4)
+    measured = (FLOAT16, INT8, DEFAULT, budget_name(3), "double compression, alpha 0.5")
+    searched = [f"{family.name}{AT}{DEFAULT}" for family in parts(SETTING)]
+    skipped = [name for name in (*variants(SETTING), *searched[1:]) if name not in measured]
+    write_rows([Row(name=name) for name in skipped], tmp_path / "rows.jsonl")
+    trials(source, text, tmp_path).run([tmp_path / "gptq", tmp_path / "absent"])
+    rows = {found.name: found for found in read_rows(tmp_path / "rows.jsonl")}
+    assert all(not rows[name].texts for name in skipped)
+    base, int8 = rows[FLOAT16], rows[INT8]
+    assert base.texts["a"].top1 == 1.0 and base.texts["b"].kl == 0.0
+    assert 0.4 < (int8.file_bytes or 0) / (base.file_bytes or 1) < 0.75
+    assert rows[budget_name(3)].texts and (rows[budget_name(3)].options["rise"] or 0) > 0
+    coded = rows["double compression, alpha 0.5"]
+    assert (coded.file_bytes or 0) > 0 and coded.texts["a"].perplexity > 1
+    for name in ("GPTQ 4 bits", "GPTQ 4 bits, int8 embedding", DEFAULT):
+        ours = rows[f"SPQ budgeted{AT}{name}"]
+        assert not ours.texts or 0.8 < (ours.file_bytes or 0) / (rows[name].file_bytes or 1) <= 1
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    again = tmp_path / "again"
+    again.mkdir()
+    second = trials(source, text, tmp_path)
+    second.scratch = again
+    second.run([tmp_path / "gptq"])
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    second._variant("never", SETTING.budget(100), Judge([], torch.device("cpu"), torch.float32))
+    assert "below the smallest" in str(read_rows(tmp_path / "rows.jsonl")[-1].options["why_not"])
+
+
+def test_texts_share_nothing_with_calibration(tmp_path: Path) -> None:
+    (tmp_path / "stories260K").mkdir()
+    (tmp_path / "t").write_text("".join(f"story {i}\n<|endoftext|>\n" for i in range(100)))
+    (case,) = find_cases(tmp_path, tmp_path / "t", None, EvaluationText("second", "x"))
+    assert [found.name for found in case.texts] == ["TinyStories", "second"]
+    assert not set(case.calibration.splitlines()) & set(case.texts[0].text.splitlines())
 
 
 def test_nothing_to_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "t").write_text("one\ntwo\nthree\n")
-    assert main(["--models", str(tmp_path), "--stories", str(tmp_path / "t")]) == 2
+    arguments = ["--models", str(tmp_path), "--stories", str(tmp_path / "t"), "--rows", str(tmp_path / "rows")]
+    assert main(arguments) == 2
     assert "no model with a text" in capsys.readouterr().err

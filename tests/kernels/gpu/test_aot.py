@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURES = [80, 86, 89, 90]
 TILE_INDEX_CONVERSIONS = 4  # the integer divisions that find the tile of a program go through floats
 KERNELS = [
-    "int8_linear", "head_linear", "gate_up", "int8_rows_linear", "quantize_rows", "silu_mul", "rms_norm", "embedding",
+    "packed_linear int8", "packed_linear int4", "head_linear int8", "head_linear int4", "gate_up int8", "gate_up int4",
+    "int8_rows_linear", "quantize_rows", "silu_mul", "rms_norm", "embedding", "int4_embedding",
     "transform_heads", "decode_attention", "prefill_attention",
 ]  # fmt: skip
 
@@ -48,7 +49,9 @@ def test_every_kernel_compiles_everywhere(tmp_path):
 
 def test_the_weights_stream_by_asynchronous_copies(tmp_path):
     out = tmp_path / "aot.json"
-    result = run("--arch", "80", "--only", "head_linear factors 16-bit m16 fp16", "--sass", "--json", str(out))
+    result = run(
+        "--arch", "80", "--only", "head_linear int8 factors 16-bit cache m16 fp16", "--sass", "--json", str(out)
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (row,) = json.loads(out.read_text())
     assert row["async_copies"] > 0  # none where a mask on K or an unaligned row breaks the 16-byte loads

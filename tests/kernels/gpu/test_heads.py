@@ -6,9 +6,10 @@ import torch
 from kernels.gpu.backend import TritonOps
 from kernels.gpu.check_correctness import relative_error
 from kernels.gpu.check_data import as_float64
-from kernels.gpu.configs import DECODE_ROWS, TileConfig
+from kernels.gpu.configs import DECODE_ROWS, TileConfig, int4_block_k
 from kernels.gpu.head_linear import head_linear
 from kernels.ops import HeadTransform, LayerKv
+from kernels.weights import LowRankWeight
 
 HIDDEN = 200
 MANY = DECODE_ROWS + 6
@@ -26,6 +27,11 @@ def projections(ops, make, kinds, num_q, num_kv, head_dim):
         "l": lambda n: make.low_rank(n, HIDDEN, 1),
         "r": lambda n: make.low_rank(n, HIDDEN, 130, bias=True),
         "d": lambda n: make.dense(n, HIDDEN, ops.dtype),
+        "4": lambda n: make.int4(n, HIDDEN, 64, n != head_dim, bias=True),
+        "3": lambda n: make.int4(n, HIDDEN, 32),
+        "p": lambda n: LowRankWeight(make.int4(130, HIDDEN, 64), make.int4(n, 130, 64, False, bias=True)),
+        "s": lambda n: LowRankWeight(make.int4(20, HIDDEN, 64), make.int4(n, 20, 16)),
+        "u": lambda n: LowRankWeight(make.int8(40, HIDDEN), make.int4(n, 40)),
     }
     return [choices[kind](n * head_dim) for kind, n in zip(kinds, (num_q, num_kv, num_kv), strict=True)]
 
@@ -52,6 +58,14 @@ def inputs(ops, make, rows, num_kv, head_dim, norms, cache):
         ("ill", MANY, 32, False, True),
         ("ldi", 3, 32, True, True),
         ("ddd", 2, 32, False, False),
+        ("444", 1, 32, False, True),
+        ("343", 5, 80, True, False),
+        ("434", MANY, 32, True, True),
+        ("psp", 1, 32, False, False),
+        ("4ps", 18, 32, True, True),
+        ("p34", MANY, 16, False, False),
+        ("uuu", 3, 32, True, False),
+        ("4ip", 3, 32, False, False),
     ],
 )
 def test_attention_input(ops, exact, make, close, kinds, rows, head_dim, norms, int8):
@@ -75,14 +89,14 @@ def test_attention_input(ops, exact, make, close, kinds, rows, head_dim, norms, 
     assert torch.count_nonzero(ops.gpu.counters) == 0
 
 
-@pytest.mark.parametrize("kinds", ["iii", "rli"])
+@pytest.mark.parametrize("kinds", ["iii", "rli", "444", "sp4"])
 @pytest.mark.parametrize(("block_n", "split", "rows"), [(16, 1, 18), (32, 3, 3), (64, 2, 18)])
 def test_programs_that_share_a_head(ops, exact, make, close, kinds, block_n, split, rows):
     weights = projections(ops, make, kinds, 1, 1, 48)
     h, norm, heads, slots, kv, exact_kv = inputs(ops, make, rows, 1, 48, True, ops.dtype)
     prepared = ops.prepare_qkv(*weights)
-    tile = TileConfig(16, block_n, 128, 4, 1, split)
-    if kinds == "iii":
+    tile = TileConfig(16, block_n, int4_block_k(prepared.heads.group) if "4" in kinds else 128, 4, 1, split)
+    if prepared.heads.starts is None:
         got = head_linear(ops.gpu, h, prepared.heads, heads, kv, slots, norm=norm, tile=tile)
     else:
         x = ops.linear(ops.rms_norm(h, norm.weight, norm.eps), prepared.first)
@@ -94,7 +108,7 @@ def test_programs_that_share_a_head(ops, exact, make, close, kinds, block_n, spl
 
 def test_in_bf16(exact, make, close, device):
     ops = TritonOps(device, torch.bfloat16)
-    for kinds in ("iii", "rli"):
+    for kinds in ("iii", "rli", "444", "sp4"):
         weights = projections(ops, make, kinds, 2, 1, 32)
         h, norm, heads, slots, kv, exact_kv = inputs(ops, make, 3, 1, 32, True, torch.bfloat16)
         got = ops.attention_input(h, norm, ops.prepare_qkv(*weights), heads, kv, slots)

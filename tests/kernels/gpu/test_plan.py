@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.gpu import plan
-from kernels.gpu.configs import DECODE_ROWS, MULTIPROCESSORS, ROW_BUCKETS, tile_config
+from kernels.gpu.configs import DECODE_ROWS, MULTIPROCESSORS, ROW_BUCKETS, int4_block_k, kernel_name, tile_config
 
 SMALL = {"attention over the cache"}  # a program per head and 256 tokens; not a question of tiles
 
@@ -28,16 +28,27 @@ def test_bytes_are_those_of_the_matrices():
 
 
 @pytest.mark.parametrize("kernel", ["linear", "normed", "heads", "gate_up"])
+@pytest.mark.parametrize("group", [0, 128, 16])
 @pytest.mark.parametrize("arch", MULTIPROCESSORS)
-def test_tiles_divide_what_they_must(kernel, arch):
+def test_tiles_divide_what_they_must(kernel, group, arch):
     for rows in (*ROW_BUCKETS, DECODE_ROWS + 1):
         if rows > DECODE_ROWS and kernel in ("normed", "heads"):
             continue
         for n, k in ((4096, 128), (128, 4096), (1024, 384), (152064, 3584), (4096, 10496)):
-            tile = tile_config(kernel, rows, n, k, torch.float16, arch)
+            block_k = int4_block_k(group) if group else None
+            tile = tile_config(kernel_name(kernel, group), rows, n, k, torch.float16, arch, block_k)
+            assert tile.block_k == (block_k or tile.block_k)
             assert k % tile.block_k == 0  # the inner loop has no mask on padded K
             assert (tile.split_k - 1) * tile.block_k < k
             assert kernel != "gate_up" or n % tile.block_n == 0
+
+
+@pytest.mark.parametrize("k", [32, 64])
+@pytest.mark.parametrize("rows", [1, 64, 65])
+def test_the_second_factor_of_a_small_correction_is_one_step(k, rows):
+    for arch in (*MULTIPROCESSORS, 0):
+        tile = tile_config("linear", rows, 4096, k, torch.float16, arch)
+        assert tile.block_k == k and tile.split_k == 1
 
 
 def test_a_measured_tile_replaces_the_general_one(monkeypatch):

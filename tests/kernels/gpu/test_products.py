@@ -6,7 +6,7 @@ import torch
 from kernels.gpu.backend import TritonOps
 from kernels.gpu.configs import DECODE_ROWS, PAD, TileConfig
 from kernels.gpu.gate_up import gate_up_silu
-from kernels.gpu.int8_linear import int8_linear
+from kernels.gpu.packed_linear import packed_linear
 from kernels.weights import DenseWeight, Int8Weight, LowRankWeight
 
 MANY = DECODE_ROWS + 6  # rows beyond the decode kernels
@@ -66,10 +66,10 @@ def test_programs_that_share_k(ops, exact, make, close, split, rows):
     tile = TileConfig(16, 16, 128, split_k=split, **INTERPRETED)
     matrix = ops.prepare_linear(weight)
     normed = exact.rms_norm(x.double(), norm.weight, norm.eps)
-    got = int8_linear(ops.gpu, x, matrix, ops.dtype, norm=norm, tile=tile)
+    got = packed_linear(ops.gpu, x, matrix, ops.dtype, norm=norm, tile=tile)
     close(ops, got, exact.linear(normed, weight), 2, 300)
     want = exact.add_linear(h.double(), x.double(), weight)
-    close(ops, int8_linear(ops.gpu, x, matrix, ops.dtype, add_to=h, tile=tile), want, 1, 300)
+    close(ops, packed_linear(ops.gpu, x, matrix, ops.dtype, add_to=h, tile=tile), want, 1, 300)
     assert torch.count_nonzero(ops.gpu.counters) == 0  # ready for the next launch
 
 
@@ -79,7 +79,7 @@ def test_a_folded_norm_is_one_rounding(ops, exact, make, close, rows):
     weight, norm = make.int8(64, 200), make.norm(200, ops.dtype)
     x = make.normal(rows, 200, dtype=ops.dtype) * torch.logspace(-2, 2, rows, device=ops.device).to(ops.dtype)[:, None]
     x[rows - 1] = 0
-    got = int8_linear(ops.gpu, x, ops.prepare_linear(weight), torch.float32, norm=norm)
+    got = packed_linear(ops.gpu, x, ops.prepare_linear(weight), torch.float32, norm=norm)
     want = exact.linear(exact.rms_norm(x.double(), norm.weight, norm.eps), weight)
     assert torch.count_nonzero(got[rows - 1]) == 0
     for r in range(rows - 1):

@@ -12,7 +12,15 @@ from kernels.native.backend import NativeOps
 from kernels.native.program import fits
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import ReferenceOps
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import (
+    CorrectedWeight,
+    DenseWeight,
+    Int4Weight,
+    Int8Weight,
+    LinearWeight,
+    LowRankWeight,
+    pack_int4,
+)
 
 REFERENCE = ReferenceOps(torch.device("cpu"), torch.float64)
 BLOCK = 4
@@ -41,6 +49,37 @@ def pair(rows: int, columns: int) -> LowRankWeight:
 
 def mixed(rows: int, columns: int) -> LowRankWeight:
     return LowRankWeight(DenseWeight(torch.randn(20, columns) / columns**0.5), int8(rows, 20))
+
+
+def int4(rows: int, columns: int, bias: bool = False, group: int = 32) -> Int4Weight:
+    groups = -(-columns // group)
+    q, zero = torch.randint(0, 16, (rows, columns)).byte(), torch.randint(6, 10, (rows, groups)).byte()
+    scale = ((torch.rand(rows, groups) + 0.5) / 5 / columns**0.5).half()
+    return Int4Weight(pack_int4(q), scale, zero, group, columns, torch.randn(rows) if bias else None)
+
+
+def pair_int4(rows: int, columns: int) -> LowRankWeight:
+    return LowRankWeight(int4(20, columns), int4(rows, 20, bias=True))
+
+
+def corrected(rows: int, columns: int) -> CorrectedWeight:
+    return CorrectedWeight(int4(rows, columns, bias=True), LowRankWeight(int8(6, columns), int8(rows, 6)))
+
+
+def corrected_int8(rows: int, columns: int) -> CorrectedWeight:
+    return CorrectedWeight(int8(rows, columns), LowRankWeight(int4(6, columns), int4(rows, 6)))
+
+
+def corrected_by_floats(rows: int, columns: int) -> CorrectedWeight:
+    pair = LowRankWeight(DenseWeight(torch.randn(3, columns) / columns**0.5), DenseWeight(torch.randn(rows, 3)))
+    return CorrectedWeight(int4(rows, columns), pair)
+
+
+def corrected_floats(rows: int, columns: int) -> CorrectedWeight:
+    return CorrectedWeight(dense(rows, columns), LowRankWeight(int8(6, columns), int8(rows, 6)))
+
+
+CORRECTED = [corrected, corrected_int8, corrected_by_floats, corrected_floats]
 
 
 def close(got: torch.Tensor, want: torch.Tensor, limit: float) -> None:
@@ -81,7 +120,7 @@ def slots_of(batch: AttentionBatch) -> int:
     return (int(batch.block_tables.max()) + 1) * BLOCK
 
 
-@pytest.mark.parametrize("make", [int8, dense, pair, mixed])
+@pytest.mark.parametrize("make", [int8, dense, pair, mixed, int4, pair_int4, *CORRECTED])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_a_product_is_added_to_the_residual_stream(ops: NativeOps, make: object, rows: int) -> None:
     weight: LinearWeight = make(33, 100)  # type: ignore[operator]
@@ -90,7 +129,11 @@ def test_a_product_is_added_to_the_residual_stream(ops: NativeOps, make: object,
     close(ops.add_linear(h, x, ops.prepare_linear(weight)), want, INT8)
 
 
-@pytest.mark.parametrize("makers", [(int8, int8), (pair, int8), (dense, dense), (mixed, pair)])
+@pytest.mark.parametrize(
+    "makers",
+    [(int8, int8), (pair, int8), (dense, dense), (mixed, pair), (int4, int4), (int4, int8), (corrected, pair_int4),
+     (corrected_floats, int4)],
+)  # fmt: skip
 def test_mlp_input(ops: NativeOps, makers: tuple[object, object]) -> None:
     gate, up = (make(50, 72) for make in makers)  # type: ignore[operator]
     h, norm = torch.randn(7, 72), Norm(torch.rand(72) + 0.5, 1e-5)
@@ -101,7 +144,11 @@ def test_mlp_input(ops: NativeOps, makers: tuple[object, object]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("makers", [(int8, int8, int8), (pair, int8, dense), (mixed, pair, pair)])
+@pytest.mark.parametrize(
+    "makers",
+    [(int8, int8, int8), (pair, int8, dense), (mixed, pair, pair), (int4, int8, corrected),
+     (corrected_int8, corrected, corrected_by_floats), (pair_int4, int4, corrected_floats)],
+)  # fmt: skip
 @pytest.mark.parametrize("norms", [False, True])
 def test_attention_input(ops: NativeOps, dtype: torch.dtype, makers: tuple[object, ...], norms: bool) -> None:
     heads, kv_heads, width, hidden = 4, 2, 16, 64
@@ -166,20 +213,22 @@ def test_attention_of_a_token_depends_on_its_sequence_alone(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float32", "bfloat16"])
 def test_embedding(ops: NativeOps, kind: str, tied: bool) -> None:
-    table = int8(50, 40) if kind == "int8" else DenseWeight(torch.randn(50, 40).to(getattr(torch, kind)))
+    integers = {"int8": int8, "int4": int4}
+    table = integers[kind](50, 40) if kind in integers else DenseWeight(torch.randn(50, 40).to(getattr(torch, kind)))
     prepared = ops.prepare_embedding(table, tied_head=tied)
     ids = torch.tensor([3, 49, 0, 3])
     torch.testing.assert_close(ops.embed(ids, prepared), table.dequantize()[ids], rtol=0, atol=0)
-    assert ops.nbytes(prepared) <= (64 * 44 if kind == "int8" else 50 * 40 * 4)
+    assert ops.nbytes(prepared) <= {"int8": 64 * 44, "int4": 64 * 26}.get(kind, 50 * 40 * 4)
     if tied:
         x = torch.randn(3, 40)
         close(ops.logits(x, prepared), REFERENCE.logits(x.double(), table), INT8)
 
 
-def test_a_head_of_its_own(ops: NativeOps) -> None:
-    weight, x = int8(70, 40), torch.randn(3, 40)
+@pytest.mark.parametrize("make", [int8, int4, corrected])
+def test_a_head_of_its_own(ops: NativeOps, make: object) -> None:
+    weight, x = make(70, 40), torch.randn(3, 40)  # type: ignore[operator]
     close(ops.logits(x, ops.prepare_linear(weight)), REFERENCE.logits(x.double(), weight), INT8)
 
 
@@ -201,22 +250,22 @@ def test_nan_in_a_sequence_stays_there(ops: NativeOps) -> None:
     assert torch.equal(got[1:], clean[1:])
 
 
-def layer(ops: NativeOps, hidden: int, make: object, *, norms: bool, window: int | None, bias: bool = True) -> Layer:
-    """Four query heads and two key heads of 16, an MLP of 50."""
+def layer(ops: NativeOps, hidden: int, make: object, *, norms: bool, window: int | None, mlp: object = None) -> Layer:
+    """Four query heads and two key heads of 16, an MLP of 50: all matrices made by `make`, gate and up by `mlp`."""
 
     def norm(n: int) -> Norm:
         return Norm(torch.rand(n) + 0.5, 1e-5)
 
-    def plain(rows: int, columns: int) -> LinearWeight:
-        weight: LinearWeight = make(rows, columns)  # type: ignore[operator]
-        if isinstance(weight, LowRankWeight) and isinstance(weight.up, Int8Weight):
-            weight.up.bias = None
+    def of(rows: int, columns: int, maker: object = make) -> LinearWeight:
+        weight: LinearWeight = maker(rows, columns)  # type: ignore[operator]
         return weight
 
     return Layer(
-        norm(hidden), ops.prepare_qkv(int8(64, hidden, bias=bias), plain(32, hidden), make(32, hidden)),  # type: ignore[operator]
-        norm(16) if norms else None, norm(16) if norms else None, ops.prepare_linear(plain(hidden, 64)), norm(hidden),
-        ops.prepare_gate_up(int8(50, hidden), int8(50, hidden)), ops.prepare_linear(plain(hidden, 50)), window,
+        norm(hidden), ops.prepare_qkv(int8(64, hidden, bias=True), of(32, hidden), of(32, hidden)),
+        norm(16) if norms else None, norm(16) if norms else None, ops.prepare_linear(of(hidden, 64)), norm(hidden),
+        ops.prepare_gate_up(of(50, hidden, mlp or int8), int8(50, hidden)) if mlp is not int4
+        else ops.prepare_gate_up(int4(50, hidden), int4(50, hidden)),
+        ops.prepare_linear(of(hidden, 50)), window,
     )  # fmt: skip
 
 
@@ -227,7 +276,10 @@ def test_layers_in_one_call_are_the_operations_one_by_one(ops: NativeOps, dtype:
     layers = [
         layer(ops, hidden, int8, norms=False, window=None),
         layer(ops, hidden, pair, norms=True, window=9),
-        layer(ops, hidden, int8, norms=True, window=None, bias=False),
+        layer(ops, hidden, int4, norms=True, window=None, mlp=int4),
+        layer(ops, hidden, corrected, norms=False, window=None, mlp=corrected),
+        layer(ops, hidden, corrected_int8, norms=False, window=None, mlp=pair_int4),
+        layer(ops, hidden, pair_int4, norms=False, window=None, mlp=corrected_int8),
     ]
     batch = ragged([(1, 30), (7, 20), (1, 1)])
     caches = [full_cache(slots_of(batch), 2, 16, dtype) for _ in layers]
@@ -242,13 +294,13 @@ def test_layers_in_one_call_are_the_operations_one_by_one(ops: NativeOps, dtype:
         assert torch.equal(mine.key, theirs.key) and torch.equal(mine.value, theirs.value)
 
 
-def test_what_does_not_fit_one_call_runs_one_by_one(ops: NativeOps) -> None:
+@pytest.mark.parametrize("kinds", [(dense, None), (mixed, None), (corrected_by_floats, None), (int4, corrected_floats)])
+def test_what_does_not_fit_one_call_runs_one_by_one(ops: NativeOps, kinds: tuple[object, object]) -> None:
     batch = ragged([(2, 5)])
-    for make in (dense, mixed):
-        layers = [layer(ops, 48, make, norms=False, window=None)]
-        caches = [full_cache(slots_of(batch), 2, 16, torch.float32)]
-        assert not fits(layers, caches)
-        angle = torch.rand(2, 8)
-        arguments = (layers, angle.cos(), angle.sin(), caches, batch, 0.25)
-        h = torch.randn(2, 48)
-        assert torch.equal(ops.run_layers(h.clone(), *arguments), run_one_by_one(ops, h, *arguments))
+    layers = [layer(ops, 48, kinds[0], norms=False, window=None, mlp=kinds[1])]
+    caches = [full_cache(slots_of(batch), 2, 16, torch.float32)]
+    assert not fits(layers, caches)
+    angle = torch.rand(2, 8)
+    arguments = (layers, angle.cos(), angle.sin(), caches, batch, 0.25)
+    h = torch.randn(2, 48)
+    assert torch.equal(ops.run_layers(h.clone(), *arguments), run_one_by_one(ops, h, *arguments))

@@ -12,8 +12,8 @@ from server.config import ServerConfig
 from server.engine.build import build_engine, make_ledger, pick_kv_dtype
 from server.engine.memory import DeviceMemory, MemoryBudgetError, plan_kv, read_memory
 from server.model.load import WeightBytes
-from server.sizes import format_bytes, parse_bytes
 from spq.errors import OptionError
+from spq.sizes import format_bytes, parse_bytes
 
 MIB = 1024**2
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -11,7 +11,15 @@ from harness import Harness
 from models import SMALL, random_model
 
 from kernels.ops import BackendName, Norm
-from kernels.weights import DenseWeight, Int8Weight, LinearWeight, LowRankWeight
+from kernels.weights import (
+    CorrectedWeight,
+    DenseWeight,
+    Int4Weight,
+    Int8Weight,
+    LinearWeight,
+    LowRankWeight,
+    pack_int4,
+)
 from server.model import load
 from server.model.balance import MAX_EXPONENT, balance_norms, balance_projections
 from spq.compress import compress
@@ -116,11 +124,28 @@ def test_every_kind_of_weight_keeps_its_scores() -> None:
     def pair(out: int) -> LowRankWeight:
         return LowRankWeight(int8(5, INNER, False), DenseWeight(normal(out, 5), normal(out)))
 
+    def int4(out: int, inner: int, bias: bool, zeros: bool = False) -> Int4Weight:
+        """Never the zero point, so that no weight is 0."""
+        q = torch.randint(9, 16, (out, inner), generator=generator, dtype=torch.uint8)
+        groups = -(-inner // 10)
+        zero = torch.randint(0, 9, (out, groups), generator=generator, dtype=torch.uint8) if zeros else None
+        scale = normal(out, groups).exp().half()
+        return Int4Weight(pack_int4(q), scale, zero, 10, inner, normal(out) if bias else None)
+
+    def corrected(main: DenseWeight | Int8Weight | Int4Weight) -> CorrectedWeight:
+        return CorrectedWeight(main, LowRankWeight(int8(3, INNER, False), int4(main.shape[0], 3, False)))
+
     rows = (torch.arange(2 * HEAD) % 4 - 2).float().exp()[:, None]
     cases: list[tuple[LinearWeight, LinearWeight]] = [
         (DenseWeight(normal(4 * HEAD, INNER)), DenseWeight(normal(2 * HEAD, INNER) * rows)),
         (DenseWeight(normal(4 * HEAD, INNER).bfloat16()), int8(2 * HEAD, INNER, True)),
         (pair(4 * HEAD), pair(2 * HEAD)),
+        (int4(4 * HEAD, INNER, False), int4(2 * HEAD, INNER, True, zeros=True)),
+        (corrected(int4(4 * HEAD, INNER, True)), corrected(int8(2 * HEAD, INNER, True))),
+        (
+            LowRankWeight(int4(5, INNER, False), int4(4 * HEAD, 5, True)),
+            LowRankWeight(int8(5, INNER, False), int4(2 * HEAD, 5, False, zeros=True)),
+        ),
     ]
     for q, k in cases:
         even_q, even_k = balance_projections(q, k, HEAD)
@@ -137,6 +162,19 @@ def test_every_kind_of_weight_keeps_its_scores() -> None:
             if stored.bias is not None:
                 assert even.bias is not None
                 assert torch.equal(even.bias, stored.bias * factor)
+
+
+def test_half_precision_scales_may_leave_their_range() -> None:
+    """A float16 scale near its largest, times 2^8, would be infinite."""
+    q = torch.full((HEAD, INNER), 15, dtype=torch.uint8)
+    scale = torch.full((HEAD, 1), 2.0**-14).half()
+    scale[0] = 60_000.0
+    k = Int4Weight(pack_int4(q), scale, None, INNER, INNER)
+    even_q, even_k = balance_projections(k, k, HEAD)
+    scores = even_q.dequantize() * even_k.dequantize()
+    assert even_q.dequantize().isfinite().all()
+    assert torch.equal(scores, k.dequantize() * k.dequantize())
+    assert even_q.dequantize().max() > 1e6
 
 
 def test_channels_of_nothing_stay_finite() -> None:

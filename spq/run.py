@@ -1,0 +1,169 @@
+"""One compression into one folder: decide, write, and where the allocator decided, measure what it predicted.
+
+Not the checks before and the move into place after (`compress`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from torch import Tensor
+
+from spq.apply import Applier
+from spq.budget import Market, open_market
+from spq.checkpoint import read_config
+from spq.config import SPQConfig
+from spq.errors import OptionError
+from spq.evaluate import nll_of_windows
+from spq.layout import expected_source, layer_linears
+from spq.manifest import Manifest
+from spq.pipeline import Pipeline
+from spq.progress import StageClock
+from spq.quantize import GranularityRule
+from spq.recipe import Decision, Storage
+from spq.report import MatrixReport, PredictionReport
+from spq.rules import Rules
+from spq.source import Source
+from spq.tensorfile import DTYPES
+from spq.writer import TensorWriter, copy_companions
+
+ATTEMPTS = 4  # to reach a perplexity; each but the last corrects the prediction by what was measured
+WEAK = 0.05  # a prediction further off than this share of the perplexity is called weak
+
+
+@dataclass(slots=True)
+class Written:
+    """What is in the folder."""
+
+    manifest: Manifest
+    matrices: dict[str, MatrixReport]
+    bytes_packed: int
+    bytes_files: int
+    prediction: PredictionReport | None
+
+
+@dataclass(slots=True)
+class Run:
+    """`windows` int64 [count, len] are to calibrate on, `spare` [count, len] to check a prediction on."""
+
+    source: Source
+    options: SPQConfig
+    windows: Tensor | None
+    spare: Tensor | None
+    clock: StageClock
+    max_shard_bytes: int
+
+    def make(self, folder: Path) -> Written:
+        """Fill the empty `folder` with a packed model. Raises SpqError."""
+        copy_companions(self.source.folder, folder)
+        if not self.options.has_budget:
+            return self._by_rules(folder)
+        assert self.windows is not None
+        market = open_market(self.source, self.options, self._applier(), self._storage(), self.windows, self.clock)
+        if self.options.target_perplexity is not None:
+            return self._to_perplexity(folder, market, self.options.target_perplexity)
+        written = self._write(folder, market.decide(self._budget()))
+        written.prediction = self._check(folder, written)
+        return written
+
+    def _by_rules(self, folder: Path) -> Written:
+        spool = folder / "spool"
+        spool.mkdir()
+        rules = Rules(self.source, self.options, self.windows, spool, self.clock)
+        written = self._write(folder, rules.decide(), rules)
+        shutil.rmtree(spool)
+        return written
+
+    def _to_perplexity(self, folder: Path, market: Market, target: float) -> Written:
+        """The smallest model that keeps to the target on the spare windows, by prediction and correction."""
+        if self.spare is None:
+            raise OptionError("target_perplexity needs text to measure it on, but no windows of the calibration text "
+                              "are left; give a longer text or fewer calibration_windows")  # fmt: skip
+        base = nll_of_windows(self.source.folder, self.spare, self.source.device)
+        allowed = wanted = math.log(target) - base
+        if wanted <= 0:
+            raise OptionError(
+                f"target_perplexity {target} is not above that of the original, {math.exp(base):.4f}; raise it"
+            )
+        for _ in range(ATTEMPTS):
+            written = self._write(folder, market.decide_for_loss(allowed))
+            written.prediction = self._check(folder, written)
+            assert written.prediction is not None and written.prediction.measured is not None
+            risen = math.log(written.prediction.measured) - base
+            if risen <= wanted:
+                return written
+            allowed *= 0.98 * wanted / risen
+        raise OptionError(
+            f"target_perplexity {target} was not reached in {ATTEMPTS} attempts: {math.exp(base + risen):.4f} at "
+            f"{written.bytes_packed} bytes; raise it"
+        )
+
+    def _write(self, folder: Path, decision: Decision, rules: Rules | None = None) -> Written:
+        for old in folder.glob("*.safetensors*"):
+            old.unlink()
+        writer = TensorWriter(folder, self.max_shard_bytes)
+        pipeline = Pipeline(
+            source=self.source,
+            options=self.options,
+            decision=decision,
+            windows=self.windows if self.options.uses_moments else None,
+            applier=self._applier(decision),
+            storage=self._storage(),
+            writer=writer,
+            clock=self.clock,
+            factors=None if rules is None else rules.factors,
+        )
+        pipeline.run()
+        bytes_files = writer.finish()
+        manifest = Manifest(options=self.options, modules=pipeline.plans, mlp_widths=tuple(decision.widths))
+        config = read_config(self.source.folder) | {"quantization_config": manifest.dump()}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        written = Written(manifest, pipeline.matrices, writer.tensor_bytes, bytes_files, None)
+        if decision.predicted_nll is not None:
+            written.prediction = PredictionReport(rise=decision.predicted_nll)
+        return written
+
+    def _check(self, folder: Path, written: Written) -> PredictionReport | None:
+        """The prediction beside what the folder measures on the spare windows, where there are any."""
+        found = written.prediction
+        if found is None or self.spare is None:
+            return found
+        base = nll_of_windows(self.source.folder, self.spare, self.source.device)
+        after = nll_of_windows(folder, self.spare, self.source.device)
+        predicted = math.exp(base + found.rise)
+        return PredictionReport(
+            rise=found.rise,
+            base=math.exp(base),
+            predicted=predicted,
+            measured=math.exp(after),
+            num_tokens=self.spare.numel() - len(self.spare),
+            weak=abs(predicted / math.exp(after) - 1) > WEAK,
+        )
+
+    def _budget(self) -> int:
+        if self.options.budget is not None:
+            return self.options.budget
+        assert self.options.ratio is not None
+        return int(self.options.ratio * 2 * sum(prod(shape) for shape in expected_source(self.source.spec).values()))
+
+    def _applier(self, decision: Decision | None = None) -> Applier:
+        """With the scale rule over the output sizes of every linear layer as it will be stored; a tied head counts."""
+        spec = self.source.spec
+        sizes = [spec.vocab_size]
+        if decision is not None:
+            for layer, width in enumerate(decision.widths):
+                for module, (rows, _) in layer_linears(spec, layer, width).items():
+                    rank = decision.recipes[module].rank
+                    sizes += [rows] if rank is None else [rank, rows]
+        dtype = DTYPES[self.source.checkpoint.dtype]
+        return Applier(self.options, GranularityRule.over(self.options.granularity, sizes), dtype)
+
+    def _storage(self) -> Storage:
+        options = self.options
+        itemsize = DTYPES[self.source.checkpoint.dtype].itemsize
+        return Storage(options.group, options.symmetric, itemsize, "int8" if options.quantize else "dense")
