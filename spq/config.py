@@ -184,13 +184,18 @@ class SPQConfig(BaseModel):
         return self.budget is not None or self.ratio is not None or self.target_perplexity is not None
 
     @property
-    def uses_moments(self) -> bool:
-        """Whether the inputs of the matrices have to be measured."""
+    def uses_all_moments(self) -> bool:
+        """Whether the inputs of every matrix have to be measured."""
         return (
             self.has_budget or (self.svd_metric == "whitened" and self.uses_svd) or self.feedback
             or self.correction_rank > 0 or self.scaling_alpha > 0 or self.integer_pruning > 0
-            or (self.uses_pruning and (self.prune_score == "energy" or self.compensation != "none"))
         )  # fmt: skip
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether the inputs of any matrix have to be measured; of down_proj alone where neurons are dropped."""
+        dropping = self.uses_pruning and (self.prune_score == "energy" or self.compensation != "none")
+        return self.uses_all_moments or dropping
 
     @property
     def uses_text(self) -> bool:

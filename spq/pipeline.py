@@ -69,7 +69,8 @@ class Pipeline:
                 state = self.source.layer_state(layer)
                 moments = None
                 if runner is not None and hidden is not None:
-                    moments = runner.run(layer, runner.build(layer, state), hidden.clone(), tuple(INPUTS)).moments
+                    wanted: tuple[InputName, ...] = tuple(INPUTS) if self.options.uses_all_moments else ("down",)
+                    moments = runner.run(layer, runner.build(layer, state), hidden.clone(), wanted).moments
                 stored = self._write_layer(layer, state, moments)
                 if runner is not None and hidden is not None and layer + 1 < spec.num_layers:
                     runner.run(layer, self._as_stored(runner, layer, state, stored), hidden)
@@ -102,7 +103,7 @@ class Pipeline:
             inside, local = module.removeprefix(f"{prefix}."), module.rpartition(".")[2]
             weight, bias = state[f"{inside}.weight"], self.source.bias(module)
             second = channel_max = None
-            if moments is not None:
+            if moments is not None and INPUT_OF[local] in moments:
                 inputs = moments[INPUT_OF[local]]
                 second, channel_max = inputs.second, inputs.peak
             if kept is not None and local in MLP:
