@@ -11,7 +11,7 @@ from kernels.native.library import machine_choice
 MIB = 1 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.skipif(machine_choice().library is None, reason="the native back end was not built")
 def test_a_model_runs_in_less_memory_than_its_packed_weights(tmp_path: Path) -> None:
     packed = make_packed("1024x24", 4, tmp_path / "model")

@@ -227,6 +227,7 @@ def test_a_static_batch_decodes_what_generate_does() -> None:
     assert torch.equal(torch.cat(tokens, 1), want[:, 6:])
 
 
+@pytest.mark.program
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="needs a rival that is not installed")
 def test_the_program_runs(tmp_path: Path) -> None:
     out, table, kernels = (tmp_path / name for name in ("out.json", "out.md", "kernels.json"))
