@@ -72,7 +72,8 @@ def measure_footprint(folder: Path) -> Footprint:
         for part, kind, count in _parts(module, plan):
             stored += count
             bits += count * (BITS[kind] if kind in BITS else 8 * _itemsize(checkpoint, f"{part}.weight"))
-        for name, (tensor_shape, dtype) in plan.tensors(module, module_has_bias(spec, module)).items():
+        decoded = plan.model_copy(update={"codec": "raw"})
+        for name, (tensor_shape, dtype) in decoded.tensors(module, module_has_bias(spec, module)).items():
             resident += prod(tensor_shape) * (SIZES[dtype] if dtype in SIZES else _itemsize(checkpoint, name))
     for name, vector_shape in model_vectors(spec).items():
         resident += prod(vector_shape) * _itemsize(checkpoint, name)

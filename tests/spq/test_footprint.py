@@ -69,6 +69,17 @@ def test_a_packed_folder_pays_for_what_it_stores(make_model: Callable[..., Path]
     assert found.file_bytes == (out / "model.safetensors").stat().st_size
 
 
+def test_coded_integers_are_resident_decoded(make_model: Callable[..., Path], tmp_path: Path, text: str) -> None:
+    found = []
+    for name, coded in (("raw", False), ("coded", True)):
+        options = SPQConfig.preset(
+            "int8", integer_pruning=0.6, entropy_coding=coded, calibration_windows=2, calibration_len=32
+        )
+        compress(make_model(), tmp_path / name, options, calibration_text=text, device=torch.device("cpu"))
+        found.append(measure_footprint(tmp_path / name))
+    assert found[1].resident_bytes == found[0].resident_bytes and found[1].file_bytes != found[0].file_bytes
+
+
 def test_four_bits_with_corrections_and_pairs(make_model: Callable[..., Path]) -> None:
     folder = make_model(tied=True)
     checkpoint = open_model(folder)
