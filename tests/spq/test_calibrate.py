@@ -12,12 +12,15 @@ from spq.errors import CalibrationError
 
 def test_windows_are_contiguous_disjoint_and_seeded() -> None:
     ids = torch.arange(1000)
-    windows = choose_windows(ids, 5, 64, seed=1)
+    windows, spare = choose_windows(ids, 5, 64, seed=1)
     assert windows.shape == (5, 64)
     assert (windows.diff(dim=1) == 1).all() and (windows[:, 0] % 64 == 0).all()
     assert windows.unique().numel() == 5 * 64
-    assert torch.equal(windows, choose_windows(ids, 5, 64, seed=1))
-    assert not torch.equal(windows, choose_windows(ids, 5, 64, seed=2))
+    assert torch.equal(windows, choose_windows(ids, 5, 64, seed=1)[0])
+    assert not torch.equal(windows, choose_windows(ids, 5, 64, seed=2)[0])
+    assert spare is not None and spare.shape == (5, 64)
+    assert torch.cat((windows, spare)).unique().numel() == 10 * 64  # nothing is measured on what was fitted to
+    assert choose_windows(ids, 15, 64, seed=1)[1] is None
 
 
 def test_short_text_is_refused_with_numbers() -> None:

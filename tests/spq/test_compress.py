@@ -317,7 +317,8 @@ def test_short_text_and_wrong_tokenizer(make_model: Callable[..., Path], text: s
 
 
 def test_memory_stays_near_one_layer(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """24 layers of 4.7 MiB; a run that kept them all would need more than 110 MiB."""
+    """24 layers of 4.7 MiB; a run that kept them all would need more than 110 MiB. The second moment of down_proj's
+    inputs is 8 MiB here, and its factor and copies as much each."""
     source = make_model(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4, num_key_value_heads=4
     )
@@ -329,7 +330,7 @@ def test_memory_stays_near_one_layer(make_model: Callable[..., Path], tmp_path: 
         device=CPU,
     )
     assert report.bytes_fp32 > 95 << 20
-    assert report.peak_rss_bytes - report.rss_at_start_bytes < 60 << 20
+    assert report.peak_rss_bytes - report.rss_at_start_bytes < 85 << 20
 
 
 def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
