@@ -27,7 +27,7 @@ check: $(VENV)/.dev ## Lint, check the format and the types, and run the tests t
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not gpu" $(ARGS)
+	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not gpu and not program" $(ARGS)
 
 bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)

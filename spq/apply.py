@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.weights import CorrectedWeight, DenseWeight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Leaf, LinearWeight, LowRankWeight
 from spq.config import SPQConfig
 from spq.correct import error_spectrum, int8_factor, low_rank_correction
 from spq.decoder import InputName
@@ -22,7 +22,7 @@ from spq.quantize import GranularityRule, quantize
 from spq.quantize4 import quantize4
 from spq.recipe import Recipe
 from spq.scaling import prune_integers
-from spq.svd import decompose, residual_factors
+from spq.svd import Spectrum, decompose, residual_factors
 
 INPUT_OF: dict[str, InputName] = {
     "q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "o",
@@ -74,13 +74,8 @@ class Applier:
 
     def factors(self, weight: Tensor, rank: int, second: Tensor | None) -> Factors:
         """The pair of a rank by the metric of the options."""
-        options = self.options
-        if options.svd_metric == "plain":
-            return decompose(weight).factors(rank, options.sigma)
-        assert second is not None
-        if options.svd_residual > 0:
-            return residual_factors(weight, second, rank, options.svd_residual, options.sigma)
-        return decompose(weight, second).factors(rank, options.sigma)
+        metric = None if self.options.svd_metric == "plain" else second
+        return chosen_factors(decompose(weight, metric), metric, rank, self.options)
 
     def _leaf(
         self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored, second: Tensor | None,
@@ -99,10 +94,7 @@ class Applier:
             raise OptionError(f"{name}: {error}") from error
         if options.integer_pruning == 0 or channel_max is None or isinstance(leaf, DenseWeight):
             return leaf
-        limits, share = channel_max.cpu(), options.integer_pruning
-        if isinstance(leaf, Int8Weight):
-            return prune_integers(leaf, limits, share)
-        return prune_integers(leaf, limits, share)
+        return prune_integers(leaf, channel_max.cpu(), options.integer_pruning)
 
     def _rounded(
         self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored, importance: Tensor | None = None
@@ -113,3 +105,10 @@ class Applier:
             return quantize(weight, self.rule.per_channel(name, (weight.shape[0], weight.shape[1])), bias)
         options = self.options
         return quantize4(weight, options.group, options.symmetric, search=True, importance=importance, bias=bias)
+
+
+def chosen_factors(spectrum: Spectrum, second: Tensor | None, rank: int, options: SPQConfig) -> Factors:
+    """The pair of a rank from a spectrum in the metric of `second`, in two stages where the options ask for it."""
+    if options.svd_residual > 0 and second is not None:
+        return residual_factors(spectrum.weight, second, rank, options.svd_residual, options.sigma)
+    return spectrum.factors(rank, options.sigma)

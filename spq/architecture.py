@@ -17,6 +17,7 @@ from spq.llama_config import LlamaConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+KV_SCALE_BYTES = 4
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -43,6 +44,11 @@ class ModelSpec:
     def layer_prefix(self, layer: int) -> str:
         """Module path of a decoder layer."""
         return f"model.layers.{layer}"
+
+    def kv_token_bytes(self, itemsize: int) -> int:
+        """Bytes of keys and values of one token over all layers; integers of 1 byte have a float32 scale per head."""
+        per_head = self.head_dim * itemsize + (KV_SCALE_BYTES if itemsize == 1 else 0)
+        return 2 * self.num_layers * self.num_kv_heads * per_head
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the seven matrices of a layer by their path inside it, before compression."""

@@ -18,10 +18,10 @@ from spq.config import SPQConfig
 from spq.errors import OptionError
 from spq.layout import EMBEDDING, HEAD, layer_linears, model_vectors, module_has_bias
 from spq.progress import StageClock
-from spq.recipe import Decision, Recipe, Storage
+from spq.recipe import Decision, Storage
 from spq.sensitivity import measure
 from spq.source import Source
-from spq.survey import SURVEY_WEIGHT, MatrixSurvey, ModelSurvey, Surveyor, attention_matrices
+from spq.survey import INT4, SURVEY_WEIGHT, MatrixSurvey, ModelSurvey, Surveyor, attention_matrices
 
 SENSITIVITY_WEIGHT = 6.0  # a layer's share of time, see `rules`
 PROBE_TOKENS = 2048  # of the calibration windows, for sensitivities
@@ -110,19 +110,24 @@ def _coefficients(
     variances = {name: matrix.probe_variance for name, matrix in survey.matrices.items()}
     layers = source.spec.num_layers
     with clock.stage("sensitivity", 0, SENSITIVITY_WEIGHT * layers):
-        rises = measure(source, probe, variances, options.seed, lambda name: None)
+        rises = measure(source, probe, variances, options.seed)
     found = {}
     for name, rise in rises.items():
-        error = survey.matrices[name].errors[Recipe("int4")]
+        error = survey.matrices[name].errors[INT4]
         found[name] = rise / error if error > 0 else 0.0
     return found
 
 
-def _matrix_options(name: str, matrix: MatrixSurvey, coefficient: float, storage: Storage) -> list[Option]:
+def _matrix_options(
+    name: str, matrix: MatrixSurvey, coefficient: float, storage: Storage, shape: tuple[int, int] | None = None
+) -> list[Option]:
+    """What may be done with a matrix, of `shape` where neurons were dropped."""
+    rows, columns = matrix.shape if shape is None else shape
     return pareto(
         [
-            Option(storage.nbytes(recipe, matrix.shape), coefficient * error, {name: recipe})
+            Option(storage.nbytes(recipe, (rows, columns)), coefficient * error, {name: recipe})
             for recipe, error in matrix.errors.items()
+            if max(recipe.rank or 0, recipe.correction) < min(rows, columns)
         ]
     )
 
@@ -138,13 +143,7 @@ def _mlp_options(
     for width, lost in errors.items():
         shapes = [(width, hidden), (width, hidden), (hidden, width)]
         fronts = [
-            pareto(
-                [
-                    Option(storage.nbytes(recipe, shape), coefficients[name] * error, {name: recipe})
-                    for recipe, error in survey.matrices[name].errors.items()
-                    if max(recipe.rank or 0, recipe.correction) < min(shape)
-                ]
-            )
+            _matrix_options(name, survey.matrices[name], coefficients[name], storage, shape)
             for name, shape in zip(names, shapes, strict=True)
         ]
         pruned = coefficients[names[2]] * lost

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from spq.calibrate import choose_windows, text_hash, tokenize
 from spq.checkpoint import Checkpoint, open_model
 from spq.config import SPQConfig
 from spq.errors import OutputError, UnsupportedModelError
-from spq.layout import expected_source
+from spq.layout import num_parameters
 from spq.manifest import FORMAT_VERSION
 from spq.memory import PeakMemory
 from spq.output import MAX_SHARD_BYTES, put_in_place, refuse_existing, remove_orphans
@@ -50,9 +49,10 @@ def compress(
 ) -> Report:
     """Compress the plain checkpoint in `source` into a packed folder `out`; returns what is in its spq_report.json.
 
-    Holds one decoder layer and the calibration states (windows x len x hidden float32) at a time. The calibration
-    text is only read where options.uses_pruning. Raises SpqError: a damaged or unsupported source, weights that are
-    not finite, a text that is too short, an `out` that exists (unless `overwrite`) or cannot be written.
+    Holds one decoder layer, moments of its inputs and the calibration states (windows x len x hidden float32) at a
+    time; where options.has_budget, once the whole float model. The text is only used where options.uses_text. Raises
+    SpqError: a damaged or unsupported source, weights that are not finite, a text that is too short, an `out` that
+    exists (unless `overwrite`) or cannot be written.
     """
     remove_orphans(out)
     refuse_existing(out, overwrite)
@@ -101,7 +101,7 @@ def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str
 
 def _report(run: Run, written: Written, memory: PeakMemory, text: str) -> Report:
     spec, windows = run.source.spec, run.windows
-    parameters = sum(prod(shape) for shape in expected_source(spec).values())
+    parameters = num_parameters(spec)
     plans = written.manifest.modules.values()
     return Report(
         format_version=FORMAT_VERSION,

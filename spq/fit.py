@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -26,7 +27,6 @@ from spq.sizes import format_bytes, parse_bytes
 
 STEP_TOKENS = 2048  # the server's default largest step
 DRIVER_BYTES = 500 << 20  # context, libraries and kernels of a CUDA process with torch; varies by card and driver
-KV_SCALE_BYTES = 4  # per token and head of an int8 cache
 REACHED = 0.75  # share of the bandwidth that fused decode kernels are assumed to reach
 STORAGE = Storage(group=128, symmetric=False, float_bytes=2)
 VARIANTS = ("float16", "int8", "int8, attention at half rank", "mixed 8 and 4 bits", "int4")
@@ -54,18 +54,12 @@ class Plan:
 
 def weight_bytes(spec: ModelSpec, variant: str) -> int:
     """Tensor bytes of a packed folder of this variant (STORAGE: groups of 128 with zero points)."""
-    total = sum(2 * _product(shape) for shape in model_vectors(spec).values())
+    total = sum(2 * prod(shape) for shape in model_vectors(spec).values())
     for module, shape in model_linears(spec).items():
         local = module.rpartition(".")[2]
         total += STORAGE.nbytes(_recipe(variant, module, local, shape), shape)
         total += 2 * shape[0] if module_has_bias(spec, module) else 0
     return total
-
-
-def kv_token_bytes(spec: ModelSpec, int8: bool) -> int:
-    """Keys and values of one token in all layers."""
-    head = spec.head_dim + KV_SCALE_BYTES if int8 else 2 * spec.head_dim
-    return 2 * spec.num_layers * spec.num_kv_heads * head
 
 
 def workspace_bytes(spec: ModelSpec, concurrency: int) -> int:
@@ -83,7 +77,7 @@ def plan(
     """One variant on a card of `memory` bytes; `bandwidth` in bytes/s. Raises OptionError for a context too long."""
     if context > spec.max_positions:
         raise OptionError(f"context {context} is beyond the model's {spec.max_positions} positions; lower it")
-    weights, token = weight_bytes(spec, variant), kv_token_bytes(spec, int8_kv)
+    weights, token = weight_bytes(spec, variant), spec.kv_token_bytes(1 if int8_kv else 2)
     workspace = workspace_bytes(spec, concurrency)
     kv = token * context * concurrency
     room = memory - weights - workspace - DRIVER_BYTES
@@ -102,7 +96,7 @@ def plan(
 
 def free_for_weights(spec: ModelSpec, memory: int, context: int, concurrency: int, int8_kv: bool) -> int:
     """Bytes left for weights once everything else has its place: what to give to --budget. Can be negative."""
-    kv = kv_token_bytes(spec, int8_kv) * context * concurrency
+    kv = spec.kv_token_bytes(1 if int8_kv else 2) * context * concurrency
     return memory - kv - workspace_bytes(spec, concurrency) - DRIVER_BYTES
 
 
@@ -118,13 +112,6 @@ def _recipe(variant: str, module: str, local: str, shape: tuple[int, int]) -> Re
         pair = Recipe("int8", rank)
         return pair if STORAGE.nbytes(pair, shape) < STORAGE.nbytes(Recipe("int8"), shape) else Recipe("int8")
     return Recipe("int8")
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def find_config(name: str, revision: str | None) -> Path:

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from spq.checkpoint import Checkpoint, open_model
-from spq.layout import expected_source, model_linears, model_vectors, module_has_bias
+from spq.layout import model_linears, model_vectors, module_has_bias, num_parameters
 from spq.manifest import ModulePlan
 from spq.tensorfile import DTYPES
 
@@ -63,9 +63,8 @@ def measure_footprint(folder: Path) -> Footprint:
     """The footprint of a plain or packed folder, from its headers. Raises SpqError as `open_model`."""
     checkpoint = open_model(folder)
     spec, manifest = checkpoint.spec, checkpoint.manifest
-    source = expected_source(spec)
     linears = model_linears(spec)
-    num_parameters = sum(map(prod, source.values()))
+    parameters = num_parameters(spec)
     stored = bits = resident = 0
     for module, shape in linears.items():
         plan = ModulePlan(kind="dense", shape=shape) if manifest is None else manifest.modules[module]
@@ -81,8 +80,8 @@ def measure_footprint(folder: Path) -> Footprint:
     result = Footprint(
         file_bytes=sum(path.stat().st_size for path in files),
         resident_bytes=resident,
-        fp16_bytes=2 * num_parameters,
-        num_parameters=num_parameters,
+        fp16_bytes=2 * parameters,
+        num_parameters=parameters,
         num_weights=sum(map(prod, linears.values())),
         stored_weights=stored,
         payload_bits=bits,

@@ -5,6 +5,8 @@ Not the files themselves (`tensorfile`) and not the numbers of a family (`archit
 
 from __future__ import annotations
 
+from math import prod
+
 from spq.architecture import ATTENTION, MLP, ModelSpec
 
 EMBEDDING = "model.embed_tokens"
@@ -74,6 +76,11 @@ def module_has_bias(spec: ModelSpec, module: str) -> bool:
     """`has_bias` by full module name; the embedding and the head have none."""
     local = module.rpartition(".")[2]
     return local in ATTENTION + MLP and has_bias(spec, local)
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """Elements of a plain checkpoint, a tied table once."""
+    return sum(map(prod, expected_source(spec).values()))
 
 
 def expected_source(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

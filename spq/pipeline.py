@@ -18,7 +18,7 @@ from spq.apply import INPUT_OF, Applier, Factors
 from spq.architecture import MLP
 from spq.config import SPQConfig
 from spq.decoder import INPUTS, InputName, LayerRunner
-from spq.layout import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_vectors, module_has_bias
+from spq.layout import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_vectors, linear_path, module_has_bias
 from spq.manifest import ModulePlan
 from spq.moments import Moments
 from spq.progress import StageClock
@@ -27,8 +27,9 @@ from spq.quantize import quantize_streamed
 from spq.quantize4 import quantize4_streamed
 from spq.recipe import Decision, Storage
 from spq.report import MatrixReport
-from spq.scaling import channel_scales
+from spq.scaling import channel_scales, fold
 from spq.source import Source
+from spq.tensorfile import DTYPES
 from spq.writer import TensorWriter
 
 LayerMoments = dict[InputName, Moments]
@@ -94,7 +95,7 @@ class Pipeline:
             scales = self._scale(state, moments)
         for name in layer_vectors(spec, layer):
             vector = state[name.removeprefix(f"{prefix}.")]
-            self.writer.add(name, vector.to("cpu", self.source.read(name).dtype))
+            self.writer.add(name, vector.to("cpu", DTYPES[self.source.checkpoint.tensors[name].dtype]))
         kept = None
         if width < spec.intermediate_size:
             kept = kept_neurons(self.decision.scores[layer], width).to(self.source.device)
@@ -140,10 +141,9 @@ class Pipeline:
         for name, norm in NORMS.items():
             inputs = moments[name]
             scale = channel_scales(inputs.peak, self.options.scaling_alpha).to(self.source.device)
-            state[f"{norm}.weight"] = state[f"{norm}.weight"] / scale
-            for local in ("q_proj", "k_proj", "v_proj") if name == "attention" else ("gate_proj", "up_proj"):
-                path = f"{'self_attn' if name == 'attention' else 'mlp'}.{local}.weight"
-                state[path] = state[path] * scale
+            paths = [f"{linear_path(local)}.weight" for local, read in INPUT_OF.items() if read == name]
+            folded, weights = fold(state[f"{norm}.weight"], [state[path] for path in paths], scale)
+            state |= {f"{norm}.weight": folded, **dict(zip(paths, weights, strict=True))}
             inputs.second.div_(scale.double().outer(scale.double()))
             inputs.mean.div_(scale)
             inputs.peak.div_(scale)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spq.apply import INPUT_OF
+from spq.apply import INPUT_OF, chosen_factors
 from spq.architecture import ATTENTION
 from spq.config import SPQConfig
 from spq.decoder import InputName, LayerRunner
@@ -27,7 +27,7 @@ from spq.progress import StageClock
 from spq.prune import energy_scores, kept_width, prune_ratios
 from spq.recipe import Decision, Recipe
 from spq.source import Source
-from spq.svd import RankChoice, choose_rank, decompose, residual_factors
+from spq.svd import RankChoice, choose_rank, decompose
 from spq.tensorfile import read_header, read_tensor
 
 SVD_WEIGHT, ACTIVATION_WEIGHT = 4.0, 2.0  # rough shares of a layer's time; writing a layer counts 1
@@ -121,10 +121,7 @@ class Rules:
             choice = choose_rank(spectrum.energy, shape, f"{linear_path(local)}.bias" in state, itemsize, options)
             choices[module] = choice
             if choice.rank is not None:
-                if options.svd_residual > 0 and second is not None:
-                    down, up = residual_factors(weight, second, choice.rank, options.svd_residual, options.sigma)
-                else:
-                    down, up = spectrum.factors(choice.rank, options.sigma)
+                down, up = chosen_factors(spectrum, second, choice.rank, options)
                 self._spool(module, down, up)
                 approximated[f"{linear_path(local)}.weight"] = up @ down
         return approximated

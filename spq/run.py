@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from spq.checkpoint import read_config
 from spq.config import SPQConfig
 from spq.errors import OptionError
 from spq.evaluate import nll_of_windows
-from spq.layout import expected_source, layer_linears
+from spq.layout import layer_linears, num_parameters
 from spq.manifest import Manifest
 from spq.pipeline import Pipeline
 from spq.progress import StageClock
@@ -68,7 +67,8 @@ class Run:
         if self.options.target_perplexity is not None:
             return self._to_perplexity(folder, market, self.options.target_perplexity)
         written = self._write(folder, market.decide(self._budget()))
-        written.prediction = self._check(folder, written)
+        if self.spare is not None and written.prediction is not None:
+            written.prediction = self._check(folder, written.prediction, self._nll(self.source.folder))
         return written
 
     def _by_rules(self, folder: Path) -> Written:
@@ -84,7 +84,7 @@ class Run:
         if self.spare is None:
             raise OptionError("target_perplexity needs text to measure it on, but no windows of the calibration text "
                               "are left; give a longer text or fewer calibration_windows")  # fmt: skip
-        base = nll_of_windows(self.source.folder, self.spare, self.source.device)
+        base = self._nll(self.source.folder)
         allowed = wanted = math.log(target) - base
         if wanted <= 0:
             raise OptionError(
@@ -92,8 +92,9 @@ class Run:
             )
         for _ in range(ATTEMPTS):
             written = self._write(folder, market.decide_for_loss(allowed))
-            written.prediction = self._check(folder, written)
-            assert written.prediction is not None and written.prediction.measured is not None
+            assert written.prediction is not None
+            written.prediction = self._check(folder, written.prediction, base)
+            assert written.prediction.measured is not None
             risen = math.log(written.prediction.measured) - base
             if risen <= wanted:
                 return written
@@ -128,28 +129,30 @@ class Run:
             written.prediction = PredictionReport(rise=decision.predicted_nll)
         return written
 
-    def _check(self, folder: Path, written: Written) -> PredictionReport | None:
-        """The prediction beside what the folder measures on the spare windows, where there are any."""
-        found = written.prediction
-        if found is None or self.spare is None:
-            return found
-        base = nll_of_windows(self.source.folder, self.spare, self.source.device)
-        after = nll_of_windows(folder, self.spare, self.source.device)
+    def _check(self, folder: Path, found: PredictionReport, base: float) -> PredictionReport:
+        """The prediction beside what the folder measures on the spare windows; `base` is the original's loss there."""
+        assert self.spare is not None
+        after = math.exp(self._nll(folder))
         predicted = math.exp(base + found.rise)
         return PredictionReport(
             rise=found.rise,
             base=math.exp(base),
             predicted=predicted,
-            measured=math.exp(after),
+            measured=after,
             num_tokens=self.spare.numel() - len(self.spare),
-            weak=abs(predicted / math.exp(after) - 1) > WEAK,
+            weak=abs(predicted / after - 1) > WEAK,
         )
+
+    def _nll(self, folder: Path) -> float:
+        """Loss of a folder on the spare windows, nats per token."""
+        assert self.spare is not None
+        return nll_of_windows(folder, self.spare, self.source.device)
 
     def _budget(self) -> int:
         if self.options.budget is not None:
             return self.options.budget
         assert self.options.ratio is not None
-        return int(self.options.ratio * 2 * sum(prod(shape) for shape in expected_source(self.source.spec).values()))
+        return int(self.options.ratio * 2 * num_parameters(self.source.spec))
 
     def _applier(self, decision: Decision | None = None) -> Applier:
         """With the scale rule over the output sizes of every linear layer as it will be stored; a tied head counts."""

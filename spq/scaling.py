@@ -22,7 +22,7 @@ from kernels.weights import Int4Weight, Int8Weight, pack_int4
 from spq.entropy import entropy_bits
 from spq.errors import OptionError
 
-IntegersT = TypeVar("IntegersT", Int8Weight, Int4Weight)
+IntegersT = TypeVar("IntegersT", bound=Int8Weight | Int4Weight)
 
 
 def channel_scales(channel_max: Tensor, alpha: float) -> Tensor:

@@ -11,7 +11,7 @@ hidden states before every layer (layers x tokens x hidden, float32, on the CPU)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,10 @@ BATCH_TOKENS = 1024  # through the head at a time
 
 
 @torch.inference_mode()
-def measure(
-    source: Source, windows: Tensor, variances: Mapping[str, float], seed: int, progress: Callable[[str], None]
-) -> dict[str, float]:
+def measure(source: Source, windows: Tensor, variances: Mapping[str, float], seed: int) -> dict[str, float]:
     """KL in nats per token, by module, when its weight alone gets Gaussian noise of this variance.
 
-    `windows` int64 [count, len] are the text. `progress(module)` is called before each.
+    `windows` int64 [count, len] are the text.
     """
     device = source.device
     dtype = torch.float32 if device.type == "cpu" else "auto"  # half precision is slow and, in sums, rough on CPUs
@@ -44,7 +42,6 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, float] = {}
     for name, variance in variances.items():
-        progress(name)
         parameter = model.get_submodule(name).weight
         original, total = parameter.clone(), 0.0
         for _ in range(DRAWS):

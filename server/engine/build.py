@@ -18,7 +18,7 @@ from kernels.native.backend import NativeOps
 from kernels.ops import Ops, make_ops
 from server.config import ServerConfig
 from server.engine.engine import Engine, ModelInfo
-from server.engine.kv_cache import allocate, bytes_per_token
+from server.engine.kv_cache import allocate
 from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
 from server.engine.release import release_freed, release_libraries
@@ -114,7 +114,7 @@ def build_engine(
     plan = plan_kv(
         after,
         device=device,
-        token_bytes=bytes_per_token(spec, kv_dtype),
+        token_bytes=spec.kv_token_bytes(kv_dtype.itemsize),
         block_size=config.block_size,
         wanted_len=wanted_len,
         explicit_len=config.max_model_len is not None,
@@ -132,7 +132,7 @@ def build_engine(
     ledger = make_ledger(
         used,
         plan,
-        kv=plan.num_blocks * config.block_size * bytes_per_token(spec, kv_dtype),
+        kv=plan.num_blocks * config.block_size * spec.kv_token_bytes(kv_dtype.itemsize),
         workspace=workspace,
         graphs=graph_bytes,
         process=after.process,

@@ -1,4 +1,4 @@
-"""The tensors of the paged key/value cache, and what a page costs.
+"""The tensors of the paged key/value cache.
 
 Not the bookkeeping (`server.scheduler.blocks`): pages here are just slots block_size * page .. + block_size.
 """
@@ -9,14 +9,6 @@ import torch
 
 from kernels.ops import LayerKv
 from spq.architecture import ModelSpec
-
-SCALE_BYTES = 4  # float32 scale per token and head of an int8 cache
-
-
-def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token over all layers."""
-    per_head = spec.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
-    return 2 * spec.num_layers * spec.num_kv_heads * per_head
 
 
 def allocate(spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device) -> list[LayerKv]:
