@@ -5,11 +5,11 @@
 
 Compares every operation with the reference in float64, on small shapes also under compute-sanitizer where it is
 installed, then measures copy bandwidth, each int8 product, attention by context length, and a decoder of random weights
-in LLaMA-2-7B's shape, step by step and kernel by kernel. `serving` gives the time that is left to another program,
-`benchmarks.gpu_serving`: the whole server, and rivals. `tune` times other tiles than the configured ones. Every part
-runs in a process of its own (`kernels.gpu.check_part`), so that one that breaks, even with an illegal access, loses no
-other; kernels are compiled by several at a time first, and timed by one at a time. Exit status 0 when all is right, 1
-when a check fails or a part breaks or runs out of time, 2 without a CUDA device.
+in the shapes of LLaMA-2-7B and Llama-3-8B, step by step and kernel by kernel. `serving` gives the time that is left to
+another program, `benchmarks.gpu_serving`: the whole server, and rivals. `tune` times other tiles than the configured
+ones. Every part runs in a process of its own (`kernels.gpu.check_part`), so that one that breaks, even with an illegal
+access, loses no other; kernels are compiled by several at a time first, and timed by one at a time. Exit status 0 when
+all is right, 1 when a check fails or a part breaks or runs out of time, 2 without a CUDA device.
 """
 
 from __future__ import annotations

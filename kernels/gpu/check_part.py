@@ -56,7 +56,7 @@ def parts(section: str) -> list[str]:
     if section in ("gemm", "attention"):
         return [f"{section}/{name}" for name in _SHAPES]
     if section == "decode":
-        return [f"decode/{LLAMA_2_7B.name}/{variant}" for variant in VARIANTS]
+        return [f"decode/{name}/{variant}" for name in _SHAPES for variant in VARIANTS]
     if section == "tune":
         return [f"tune/{LLAMA_2_7B.name}/{product}" for product in _PRODUCTS]
     return [section]

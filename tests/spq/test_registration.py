@@ -21,9 +21,8 @@ def run(program: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "before", ["import spq", "import spq, spq.checkpoint", "from transformers.quantizers import auto; import spq",
-               "import transformers; import spq; from transformers import AutoModelForCausalLM", "import spq.hf"],
-)  # fmt: skip
+    "before", ["import spq, spq.checkpoint", "from transformers.quantizers import auto; import spq", "import spq.hf"]
+)
 def test_transformers_knows_the_method(before: str) -> None:
     assert run(f"{before}\n{KNOWN}") == "True True"
 

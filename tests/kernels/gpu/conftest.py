@@ -27,6 +27,7 @@ def device():
 
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["fp32", "fp16"])
 def ops(request, device):
+    """Both dtypes; tests of tiles and layouts, whose indices know no dtype, ask for float32 alone: its limit is narrow."""
     from kernels.gpu.backend import TritonOps
 
     return TritonOps(device, request.param)

@@ -95,3 +95,18 @@ def test_ids_are_filled_in_where_they_were_drawn() -> None:
     ids = torch.tensor([5, -1, 7, -3, 0])
     inputs.resolve(ids, torch.tensor([40, 41, 42]))
     assert ids.tolist() == [5, 40, 7, 42, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_the_same_with_graphs_and_without_running_ahead(folder: Path, kind: str) -> None:
+    """Where the next step really is launched while this one runs."""
+    results = []
+    for ahead in (False, True):
+        _, sequences = answers(
+            folder, KINDS[kind], ahead, max_num_seqs=8, recorder=graphs.CudaRecorder(),
+            backend="triton", device="cuda", dtype=torch.float16, kv_dtype=torch.float16,
+        )  # fmt: skip
+        results.append([(s.token_ids, s.finish_reason, len(s.prompt_logprobs)) for s in sequences])
+    assert results[0] == results[1]
