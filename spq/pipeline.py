@@ -62,24 +62,36 @@ class Pipeline:
             if not spec.tied:
                 self._write_table(HEAD)
             self.writer.add(FINAL_NORM, self.source.read(FINAL_NORM))
+        wanted = [self._wanted(layer) for layer in range(spec.num_layers)]
+        last = max((layer for layer, names in enumerate(wanted) if names), default=-1)
         runner = hidden = None
-        if self.windows is not None:
+        if self.windows is not None and last >= 0:
             runner = LayerRunner(spec, self.windows.shape[1], self.source.device)
             hidden = self.source.embed(self.windows)
         for layer in range(spec.num_layers):
             with self.clock.stage("write", layer, WRITE_WEIGHT):
                 state = self.source.layer_state(layer)
                 moments = None
-                if runner is not None and hidden is not None:
-                    wanted: tuple[InputName, ...] = tuple(INPUTS) if self.options.uses_all_moments else ("down",)
-                    moments = runner.run(layer, runner.build(layer, state), hidden.clone(), wanted).moments
-                stored = self._write_layer(layer, state, moments)
-                if runner is not None and hidden is not None and layer + 1 < spec.num_layers:
+                if runner is not None and hidden is not None and wanted[layer]:
+                    module = runner.build(layer, state)
+                    moments = runner.run(layer, module, hidden.clone(), wanted[layer]).moments
+                stored = self._write_layer(layer, state, moments, spread=layer < last)
+                if runner is not None and hidden is not None and layer < last:
                     moved = {name: value.to(self.source.device) for name, value in stored.items()}
                     runner.run(layer, runner.build(layer, state | moved), hidden)
 
-    def _write_layer(self, layer: int, state: dict[str, Tensor], moments: LayerMoments | None) -> dict[str, Tensor]:
-        """Write a layer; returns its weights as stored, in the float layer's shapes: dropped neurons are zero."""
+    def _wanted(self, layer: int) -> tuple[InputName, ...]:
+        """The inputs whose moments the matrices of a layer are stored by."""
+        if self.options.uses_all_moments:
+            return tuple(INPUTS)
+        dropped = self.decision.widths[layer] < self.source.spec.intermediate_size
+        return ("down",) if dropped and self.options.compensation != "none" else ()
+
+    def _write_layer(
+        self, layer: int, state: dict[str, Tensor], moments: LayerMoments | None, spread: bool
+    ) -> dict[str, Tensor]:
+        """Write a layer; with `spread` returns its weights as stored, in the float layer's shapes: dropped neurons are
+        zero."""
         spec = self.source.spec
         prefix = spec.layer_prefix(layer)
         scales: dict[InputName, Tensor] = {}
@@ -121,7 +133,7 @@ class Pipeline:
             own_bias = None if (bias is not None) == module_has_bias(spec, module) else bias is not None
             plan = self.storage.plan(recipe, shape, own_bias)
             self._note(module, plan, before, self.writer.tensor_bytes - written)
-            if moments is not None:
+            if spread:
                 result |= as_float_layer(inside, linear, before, kept if local in MLP else None)
         return result
 

@@ -30,7 +30,7 @@ from spq.report import RecoveryReport
 
 BATCH_TOKENS = 2048  # of a step
 PIECE_TOKENS = 512  # at a time; gradients add up
-SCALING = 4.0  # of an update: rank 8 and alpha 32 in the released code
+SCALING = 4  # of an update: rank 8 and alpha 32 in the released code
 WARM_UP = 0.1  # share of the steps, linear; the rest is a cosine down to 0
 CLIP = 1.0  # largest norm of a gradient
 HELD_OUT = 8  # windows the loss is told on, at most a quarter of the text

@@ -90,7 +90,7 @@ def test_updates_of_zero_change_nothing(
     make_model: Callable[..., Path], text: str, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_model(family)
-    exact = CASES["both"]
+    exact = CASES["both"] | {"compensation": "none"}  # a refit is rounded on its way through the float model
     in_float = exact | {"compensation": "bias", "scaling_alpha": 0.4, "quantize": False}
 
     def untrained(*args: Any) -> tuple[dict[str, Update], Any]:
@@ -164,7 +164,7 @@ def test_a_learning_rate_that_diverges_is_named(
     make_model: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_model()
-    monkeypatch.setattr("spq.recover.SCALING", 1e30)
+    monkeypatch.setattr("spq.recover.SCALING", 10**40)
     with pytest.raises(OptionError, match=r"recover_lr 0\.1: the loss is .*lower it"):
         compressed(source, tmp_path / "out", text, **PRUNE, recover_lr=0.1)
     assert not (tmp_path / "out").exists()
@@ -212,8 +212,10 @@ def test_options_that_mean_nothing_are_named(
 def test_without_the_extra_one_line_names_it(
     make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source = make_model()
+    capsys.readouterr()
     monkeypatch.setattr("spq.recover.importlib.util.find_spec", lambda name: None)
-    assert main([str(make_model()), "-o", str(tmp_path / "out"), "--recover-steps", "1"]) == 2
+    assert main([str(source), "-o", str(tmp_path / "out"), "--recover-steps", "1"]) == 2
     assert capsys.readouterr().err == (
         "spq-compress: recover_steps needs peft; install the extra: pip install 'spq-serve[recovery]'\n"
     )
@@ -223,7 +225,7 @@ def test_without_the_extra_one_line_names_it(
 def test_the_report_and_its_lines(
     make_model: Callable[..., Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text").write_text(text)
+    (tmp_path / "text").write_text(text * 3)
     flags = [str(make_model()), "-o", str(tmp_path / "out"), "--recover-steps", "2", "--calibration-len", "32"]
     assert main([*flags, "--preset", "int8", "--recover-text", str(tmp_path / "text"), "--device", "cpu"]) == 0
     found = read_report(tmp_path / "out").recovery
