@@ -58,6 +58,11 @@ GROUPS = {
         "correction_rank",
     ),
     "double compression": ("scaling_alpha", "integer_pruning", "entropy_coding"),
+    "recovery (LoRA training of the float model before rounding; extra `recovery`)": (
+        "recover_steps",
+        "recover_rank",
+        "recover_lr",
+    ),
     "calibration": ("calibration_windows", "calibration_len", "seed"),
 }
 BUDGETS = ("budget", "ratio", "target_perplexity")
@@ -83,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         if title == "calibration":
             group.add_argument("--calibration", metavar="FILE", help="UTF-8 text (default: the bundled sample)")
+        if title.startswith("recovery"):
+            group.add_argument("--recover-text", metavar="FILE", help="UTF-8 text (default: the calibration text)")
         for name in names:
             _add_option(group, name)
     group = parser.add_argument_group("evaluation")
@@ -154,13 +161,19 @@ def choose_device(name: str | None) -> torch.device:
 
 def _refuse_unused(arguments: argparse.Namespace, options: SPQConfig) -> None:
     """Raises OptionError for an option that another one makes void."""
-    if arguments.calibration is not None and not options.uses_text:
+    if arguments.recover_text is not None and not options.recover_steps:
+        raise OptionError(f"--recover-text {arguments.recover_text}: nothing is trained; add --recover-steps")
+    if arguments.calibration is not None and not _needs_calibration(arguments, options):
         raise OptionError(
             f"--calibration {arguments.calibration}: nothing is calibrated with these options; leave it out"
         )
     for name in ("evaluate_window", "evaluate_tokens"):
         if getattr(arguments, name) is not None and arguments.evaluate is None:
             raise OptionError(f"--{name.replace('_', '-')} without a text; add --evaluate FILE")
+
+
+def _needs_calibration(arguments: argparse.Namespace, options: SPQConfig) -> bool:
+    return options.uses_text or (options.recover_steps > 0 and arguments.recover_text is None)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -173,19 +186,30 @@ def run(arguments: argparse.Namespace) -> Report:
     _refuse_unused(arguments, options)
     evaluation = None if arguments.evaluate is None else read_text(Path(arguments.evaluate))
     text = ""
-    if options.uses_text:
+    if _needs_calibration(arguments, options):
         text = read_text(bundled_calibration() if arguments.calibration is None else Path(arguments.calibration))
+    lesson = "" if arguments.recover_text is None else read_text(Path(arguments.recover_text))
+    if options.recover_steps and evaluation is not None and text_hash(evaluation) == text_hash(lesson or text):
+        raise OptionError(f"--evaluate {arguments.evaluate}: is the text that is trained on; evaluate on another one")
     source = find_model(arguments.source, arguments.revision)
     with tqdm(total=100.0, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", disable=None) as bar:
 
         def show(progress: Progress) -> None:
             bar.n = 100.0 * progress.done
-            bar.set_description_str(f"{progress.stage} layer {progress.layer + 1}/{progress.num_layers}", refresh=False)
+            place = "" if progress.stage == "recover" else f" layer {progress.layer + 1}/{progress.num_layers}"
+            bar.set_description_str(f"{progress.stage}{place}", refresh=False)
             eta = "" if progress.eta_s is None else f", about {progress.eta_s:.0f} s left"
             bar.set_postfix_str(f"{progress.elapsed_s:.0f} s{eta}")
 
         report = compress(
-            source, out, options, calibration_text=text, device=device, progress=show, overwrite=overwrite
+            source,
+            out,
+            options,
+            calibration_text=text,
+            device=device,
+            recovery_text=lesson,
+            progress=show,
+            overwrite=overwrite,
         )
     if evaluation is not None:
         how = {"device": device, "window": arguments.evaluate_window, "max_tokens": arguments.evaluate_tokens}
@@ -214,11 +238,17 @@ def describe(report: Report) -> str:
         f"({report.rss_at_start_bytes / MIB:.0f} MiB before the run), {report.peak_gpu_bytes / MIB:.0f} MiB GPU",
         "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
     ]
+    if report.recovery is not None:
+        found = report.recovery
+        lines.append(
+            f"recovered loss {found.loss_before:.4f} -> {found.loss_after:.4f} nats before rounding, on "
+            f"{found.held_out_tokens} tokens of its text not trained on; {found.steps} steps, {found.tokens} tokens"
+        )
     if report.prediction is not None:
         lines.append("predicted " + describe_prediction(report.prediction))
     if report.perplexity is not None:
-        found = report.perplexity
-        lines.append(f"perplexity {found.before:.3f} -> {found.after:.3f} ({found.protocol})")
+        measured = report.perplexity
+        lines.append(f"perplexity {measured.before:.3f} -> {measured.after:.3f} ({measured.protocol})")
     return "\n".join(lines)
 
 

@@ -25,9 +25,9 @@ from spq.layout import num_parameters
 from spq.manifest import FORMAT_VERSION
 from spq.memory import PeakMemory
 from spq.output import MAX_SHARD_BYTES, put_in_place, refuse_existing, remove_orphans
-from spq.pipeline import WRITE_WEIGHT
 from spq.progress import Progress, StageClock
 from spq.recode import recode
+from spq.recover import check_installed, prepare
 from spq.report import Report, read_report
 from spq.rules import Rules
 from spq.run import Run, Written
@@ -43,6 +43,7 @@ def compress(
     *,
     calibration_text: str,
     device: torch.device,
+    recovery_text: str = "",
     progress: Callable[[Progress], None] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -50,29 +51,36 @@ def compress(
     """Compress the plain checkpoint in `source` into a packed folder `out`; returns what is in its spq_report.json.
 
     Holds one decoder layer, moments of its inputs and the calibration states (windows x len x hidden float32) at a
-    time; where options.has_budget, once the whole float model. The text is only used where options.uses_text. Raises
-    SpqError: a damaged or unsupported source, weights that are not finite, a text that is too short, an `out` that
-    exists (unless `overwrite`) or cannot be written.
+    time; where options.has_budget or options.recover_steps, once the whole float model. The text is only used where
+    options.uses_text. `recovery_text` is to be trained on; empty: the calibration text, without the windows that a
+    prediction is checked on. Raises SpqError: a damaged or unsupported source, weights that are not finite, a text
+    that is too short, an `out` that exists (unless `overwrite`) or cannot be written, recovery without its extra.
     """
     remove_orphans(out)
     refuse_existing(out, overwrite)
+    if options.recover_steps:
+        check_installed()
     checkpoint = open_model(source)
     if checkpoint.manifest is not None:
         raise UnsupportedModelError(f"{source}: already packed; compress the original checkpoint")
     memory = PeakMemory(device)
     layers = checkpoint.spec.num_layers
     deciding = market_weight() if options.has_budget else Rules.weight(options)
-    clock = StageClock(layers, layers * (deciding + WRITE_WEIGHT) + WRITE_WEIGHT, progress)
-    windows = spare = None
-    if options.uses_text:
-        with clock.stage("tokenize", 0, 0.0):
+    clock = StageClock(layers, layers * deciding + Run.weight(options, layers), progress)
+    windows = spare = lesson = None
+    with clock.stage("tokenize", 0, 0.0):
+        if options.uses_text:
             windows, spare = _windows(source, checkpoint, options, calibration_text)
+        if options.recover_steps:
+            text = recovery_text or calibration_text
+            length = min(options.calibration_len, checkpoint.spec.max_positions)
+            lesson = prepare(tokenize(source, text), length, options.seed, text_hash(text), spare)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"{temporary}: cannot be made ({error}); choose another output folder") from error
-    run = Run(Source(source, checkpoint, device), options, windows, spare, clock, max_shard_bytes)
+    run = Run(Source(source, checkpoint, device), options, windows, spare, clock, max_shard_bytes, lesson)
     try:
         written = run.make(temporary)
         report = _report(run, written, memory, calibration_text)
@@ -124,4 +132,5 @@ def _report(run: Run, written: Written, memory: PeakMemory, text: str) -> Report
         peak_gpu_bytes=memory.gpu_bytes(),
         seconds={name: round(value, 3) for name, value in run.clock.seconds.items()},
         prediction=written.prediction,
+        recovery=written.recovery,
     )

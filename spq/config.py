@@ -11,7 +11,8 @@ Presets
   truncation, the 0.8 rule, the parameter test, sigma in the second factor, `mix_name` granularity (one scale per
   attention matrix or factor), no rounding, float embedding, 8 windows of 128 tokens. Two of its habits are not
   reproduced: calibrating on the text that is evaluated, and padding with EOS without an attention mask. A tied head
-  stays the float embedding (the released code quantizes a second copy of it). Its LoRA recovery is left out.
+  stays the float embedding (the released code quantizes a second copy of it). Its LoRA recovery is
+  `recover_steps`, off unless asked for.
 - `int8`, `int4`: quantization alone, no SVD and no pruning: what these have to beat; int4 with error feedback.
 - `budget`: rank, width and bits of every matrix are chosen for a number of bytes (`budget`, `ratio`) or a perplexity
   (`target_perplexity`) by measured sensitivities; how each is made: whitened SVD, error feedback, refitted pruning.
@@ -34,6 +35,7 @@ Metric = Literal["plain", "whitened"]
 PruneScore = Literal["up", "energy"]
 Compensation = Literal["none", "bias", "refit"]
 Bits = Annotated[Literal[4, 8], BeforeValidator(int)]
+RECOVER_RANK, RECOVER_LR = 8, 1e-3
 Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value)))]
 
 
@@ -117,9 +119,15 @@ class SPQConfig(BaseModel):
         None, gt=1.0, description="smallest model whose perplexity on held-out calibration windows is at most this"
     )
 
+    recover_steps: int = Field(
+        0, ge=0, description="steps of LoRA training after SVD and pruning, merged before rounding; 0: none"
+    )
+    recover_rank: int = Field(RECOVER_RANK, ge=1, description="rank of the trained updates")
+    recover_lr: float = Field(RECOVER_LR, gt=0.0, le=0.1, description="highest learning rate of the training")
+
     calibration_windows: int = Field(32, ge=1, description="number of calibration windows")
     calibration_len: int = Field(512, ge=2, description="tokens per window, at most the model's context")
-    seed: int = Field(42, ge=0, description="seed of the choice of windows")
+    seed: int = Field(42, ge=0, description="seed of the choice of windows and of the training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,6 +159,12 @@ class SPQConfig(BaseModel):
             raise ValueError(f"feedback with granularity {self.granularity}: only row scales are fed back; use channel")
         if self.svd_residual > 0 and self.svd_metric != "whitened":
             raise ValueError("svd_residual with the plain metric changes nothing (Eckart-Young); use whitened")
+        if not self.recover_steps and (self.recover_rank, self.recover_lr) != (RECOVER_RANK, RECOVER_LR):
+            raise ValueError("recover_rank or recover_lr without recover_steps: nothing is trained; set recover_steps")
+        if self.recover_steps and self.target_perplexity is not None:
+            raise ValueError(
+                "recover_steps with target_perplexity: what training gains cannot be predicted; give budget or ratio"
+            )
         return self._check_budget()
 
     def _check_budget(self) -> Self:

@@ -60,9 +60,16 @@ class LayerRunner:
         self._positions = positions
 
     def build(self, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
-        """The layer with these tensors (names inside the layer, float32, on the device); nothing is copied."""
+        """The layer with these tensors (names inside the layer, float32, on the device); nothing is copied.
+
+        Biases that the family does not have are added.
+        """
         with torch.device("meta"):
             module = self._layer_class(self._config, layer)
+        for name in state.keys() - module.state_dict().keys():
+            owner, _, part = name.rpartition(".")
+            if part == "bias":
+                module.get_submodule(owner).register_parameter(part, nn.Parameter(state[name], requires_grad=False))
         module.load_state_dict(dict(state), strict=True, assign=True)
         return module.eval()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Leaf, LinearWeight, LowRankWeight
 from spq.apply import INPUT_OF, Applier, Factors
@@ -22,7 +22,7 @@ from spq.layout import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_vectors
 from spq.manifest import ModulePlan
 from spq.moments import Moments
 from spq.progress import StageClock
-from spq.prune import bias_compensation, kept_neurons, refit_kept
+from spq.prune import bias_compensation, refit_kept
 from spq.quantize import quantize_streamed
 from spq.quantize4 import quantize4_streamed
 from spq.recipe import Decision, Storage
@@ -33,6 +33,7 @@ from spq.tensorfile import DTYPES
 from spq.writer import TensorWriter
 
 LayerMoments = dict[InputName, Moments]
+FactorsOf = Callable[[str], Factors]  # by module name
 WRITE_WEIGHT = 1.0  # a layer's share of time, see `rules`
 NORMS: dict[InputName, str] = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}  # what feeds an input
 
@@ -49,7 +50,7 @@ class Pipeline:
     storage: Storage
     writer: TensorWriter
     clock: StageClock
-    factors: Callable[[str], Factors] | None = None  # of modules that the decision left factors for
+    factors: FactorsOf | None = None  # of modules that the decision left factors for
     plans: dict[str, ModulePlan] = field(default_factory=dict)
     matrices: dict[str, MatrixReport] = field(default_factory=dict)
 
@@ -61,34 +62,37 @@ class Pipeline:
             if not spec.tied:
                 self._write_table(HEAD)
             self.writer.add(FINAL_NORM, self.source.read(FINAL_NORM))
+        wanted = [self._wanted(layer) for layer in range(spec.num_layers)]
+        last = max((layer for layer, names in enumerate(wanted) if names), default=-1)
         runner = hidden = None
-        if self.windows is not None:
+        if self.windows is not None and last >= 0:
             runner = LayerRunner(spec, self.windows.shape[1], self.source.device)
             hidden = self.source.embed(self.windows)
         for layer in range(spec.num_layers):
             with self.clock.stage("write", layer, WRITE_WEIGHT):
                 state = self.source.layer_state(layer)
                 moments = None
-                if runner is not None and hidden is not None:
-                    wanted: tuple[InputName, ...] = tuple(INPUTS) if self.options.uses_all_moments else ("down",)
-                    moments = runner.run(layer, runner.build(layer, state), hidden.clone(), wanted).moments
-                stored = self._write_layer(layer, state, moments)
-                if runner is not None and hidden is not None and layer + 1 < spec.num_layers:
-                    runner.run(layer, self._as_stored(runner, layer, state, stored), hidden)
+                if runner is not None and hidden is not None and wanted[layer]:
+                    module = runner.build(layer, state)
+                    moments = runner.run(layer, module, hidden.clone(), wanted[layer]).moments
+                stored = self._write_layer(layer, state, moments, spread=layer < last)
+                if runner is not None and hidden is not None and layer < last:
+                    moved = {name: value.to(self.source.device) for name, value in stored.items()}
+                    runner.run(layer, runner.build(layer, state | moved), hidden)
 
-    def _as_stored(
-        self, runner: LayerRunner, layer: int, state: dict[str, Tensor], stored: dict[str, Tensor]
-    ) -> nn.Module:
-        """The layer with its weights as stored, biases that the family does not have included."""
-        moved = {name: value.to(self.source.device) for name, value in stored.items()}
-        module = runner.build(layer, {name: moved.get(name, value) for name, value in state.items()})
-        for name in moved.keys() - state.keys():
-            module.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(moved[name], requires_grad=False)
-        return module
+    def _wanted(self, layer: int) -> tuple[InputName, ...]:
+        """The inputs whose moments the matrices of a layer are stored by."""
+        if self.options.uses_all_moments:
+            return tuple(INPUTS)
+        dropped = self.decision.widths[layer] < self.source.spec.intermediate_size
+        return ("down",) if dropped and self.options.compensation != "none" else ()
 
-    def _write_layer(self, layer: int, state: dict[str, Tensor], moments: LayerMoments | None) -> dict[str, Tensor]:
-        """Write a layer; returns its weights as stored, in the float layer's shapes: dropped neurons are zero."""
-        spec, width = self.source.spec, self.decision.widths[layer]
+    def _write_layer(
+        self, layer: int, state: dict[str, Tensor], moments: LayerMoments | None, spread: bool
+    ) -> dict[str, Tensor]:
+        """Write a layer; with `spread` returns its weights as stored, in the float layer's shapes: dropped neurons are
+        zero."""
+        spec = self.source.spec
         prefix = spec.layer_prefix(layer)
         scales: dict[InputName, Tensor] = {}
         if moments is not None and self.options.scaling_alpha > 0:
@@ -96,9 +100,9 @@ class Pipeline:
         for name in layer_vectors(spec, layer):
             vector = state[name.removeprefix(f"{prefix}.")]
             self.writer.add(name, vector.to("cpu", DTYPES[self.source.checkpoint.tensors[name].dtype]))
-        kept = None
-        if width < spec.intermediate_size:
-            kept = kept_neurons(self.decision.scores[layer], width).to(self.source.device)
+        kept = self.decision.kept(layer, spec.intermediate_size)
+        if kept is not None:
+            kept = kept.to(self.source.device)
         result: dict[str, Tensor] = {}
         for module, before in layer_linears(spec, layer).items():
             inside, local = module.removeprefix(f"{prefix}."), module.rpartition(".")[2]
@@ -129,8 +133,8 @@ class Pipeline:
             own_bias = None if (bias is not None) == module_has_bias(spec, module) else bias is not None
             plan = self.storage.plan(recipe, shape, own_bias)
             self._note(module, plan, before, self.writer.tensor_bytes - written)
-            if moments is not None:
-                result |= _as_float_layer(inside, linear, before, kept if local in MLP else None)
+            if spread:
+                result |= as_float_layer(inside, linear, before, kept if local in MLP else None)
         return result
 
     def _scale(self, state: dict[str, Tensor], moments: LayerMoments) -> dict[InputName, Tensor]:
@@ -230,10 +234,13 @@ def _tensors(leaf: Leaf) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _as_float_layer(
+def as_float_layer(
     inside: str, linear: LinearWeight, before: tuple[int, int], kept: Tensor | None
 ) -> dict[str, Tensor]:
-    """Weight and bias of a stored matrix, spread to its shape before pruning."""
+    """Weight and bias of a stored matrix by their names in the layer, float32, spread to the shape `before` pruning.
+
+    inside: the module's path in its layer; kept: the neurons that stayed, None where all did or it is not of the MLP.
+    """
     dense = linear.dequantize()
     bias = linear.bias
     if kept is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Progress:
     """One moment of a run. Raising from the callback that gets it ends the run."""
 
-    stage: str  # "tokenize", "svd", "activations", "write"
+    stage: str  # "tokenize", "svd", "activations", "write", "recover"
     layer: int
     num_layers: int
     done: float  # 0..1 of the whole

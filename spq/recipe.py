@@ -5,11 +5,12 @@ Not who decides (`rules`, `budget`) and not the doing (`apply`, `pipeline`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from spq.manifest import CorrectionPlan, ModulePlan, Stored
+from spq.prune import kept_neurons
 from spq.svd import RankChoice
 
 
@@ -75,3 +76,12 @@ class Decision:
     scores: list[Tensor]  # float32 [width] of each layer: which neurons stay; empty where all do
     choices: dict[str, RankChoice] = field(default_factory=dict)  # where a rule looked at a spectrum
     predicted_nll: float | None = None  # expected rise of the loss, nats per token; the allocator's
+
+    def kept(self, layer: int, width: int) -> Tensor | None:
+        """Ascending indices int64 of the neurons of a layer of `width` that stay; None where all do."""
+        return kept_neurons(self.scores[layer], self.widths[layer]) if self.widths[layer] < width else None
+
+    def in_float(self) -> Decision:
+        """The same ranks and widths, nothing rounded and so nothing to correct."""
+        recipes = {module: Recipe("dense", recipe.rank) for module, recipe in self.recipes.items()}
+        return replace(self, recipes=recipes)

@@ -56,6 +56,20 @@ class PredictionReport(BaseModel):
     weak: bool = False  # predicted and measured differ by more than 5 %
 
 
+class RecoveryReport(BaseModel):
+    """What LoRA training did to the float model, before anything was rounded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    tokens: int  # seen in training, repetitions counted
+    parameters: int  # trained
+    loss_before: float  # nats per token on windows of the same text that were not trained on
+    loss_after: float
+    held_out_tokens: int
+    text_hash: str  # SHA-256 of the text
+
+
 class Report(BaseModel):
     """One run of `compress`."""
 
@@ -82,6 +96,7 @@ class Report(BaseModel):
     seconds: dict[str, float]  # by stage
     perplexity: PerplexityReport | None = None
     prediction: PredictionReport | None = None  # where the allocator decided
+    recovery: RecoveryReport | None = None  # where it was asked for
 
     @property
     def ratio(self) -> float:

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from spq.apply import Applier
 from spq.budget import Market, open_market
-from spq.checkpoint import read_config
+from spq.checkpoint import open_model, read_config
 from spq.config import SPQConfig
 from spq.errors import OptionError
 from spq.evaluate import nll_of_windows
 from spq.layout import layer_linears, num_parameters
 from spq.manifest import Manifest
-from spq.pipeline import Pipeline
+from spq.pipeline import WRITE_WEIGHT, FactorsOf, Pipeline
 from spq.progress import StageClock
 from spq.quantize import GranularityRule
 from spq.recipe import Decision, Storage
-from spq.report import MatrixReport, PredictionReport
+from spq.recover import STEP_WEIGHT, Lesson, train
+from spq.recovered import Recovered
+from spq.report import MatrixReport, PredictionReport, RecoveryReport
 from spq.rules import Rules
 from spq.source import Source
 from spq.tensorfile import DTYPES
@@ -44,6 +46,7 @@ class Written:
     bytes_packed: int
     bytes_files: int
     prediction: PredictionReport | None
+    recovery: RecoveryReport | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +59,13 @@ class Run:
     spare: Tensor | None
     clock: StageClock
     max_shard_bytes: int
+    lesson: Lesson | None = None  # what to train on, where recovery is asked for
+
+    @staticmethod
+    def weight(options: SPQConfig, num_layers: int) -> float:
+        """Share of the time that writing and training take, for `StageClock`."""
+        written = num_layers * WRITE_WEIGHT + WRITE_WEIGHT
+        return written if not options.recover_steps else 2 * written + options.recover_steps * STEP_WEIGHT
 
     def make(self, folder: Path) -> Written:
         """Fill the empty `folder` with a packed model. Raises SpqError."""
@@ -75,7 +85,7 @@ class Run:
         spool = folder / "spool"
         spool.mkdir()
         rules = Rules(self.source, self.options, self.windows, spool, self.clock)
-        written = self._write(folder, rules.decide(), rules)
+        written = self._write(folder, rules.decide(), rules.factors)
         shutil.rmtree(spool)
         return written
 
@@ -104,20 +114,38 @@ class Run:
             f"{written.bytes_packed} bytes; raise it"
         )
 
-    def _write(self, folder: Path, decision: Decision, rules: Rules | None = None) -> Written:
+    def _write(self, folder: Path, decision: Decision, factors: FactorsOf | None = None) -> Written:
+        """Write what was decided; with recovery once in float, to be trained, and then what training made of it."""
+        if self.lesson is None:
+            return self._pass(folder, self.options, self.source, decision, factors)
+        stage = folder / "float"
+        stage.mkdir()
+        later = {"scaling_alpha": 0.0, "feedback": False, "correction_rank": 0, "integer_pruning": 0.0}
+        self._pass(stage, self.options.model_copy(update=later), self.source, decision.in_float(), factors)
+        updates, report = train(stage, self.lesson, self.options, self.source.device, self.clock)
+        made = self.source
+        source = Recovered(made.folder, made.checkpoint, made.device, open_model(stage), updates, decision)
+        written = self._pass(folder, self.options, source, decision, source.factors)
+        written.recovery = report
+        shutil.rmtree(stage)
+        return written
+
+    def _pass(
+        self, folder: Path, options: SPQConfig, source: Source, decision: Decision, factors: FactorsOf | None
+    ) -> Written:
         for old in folder.glob("*.safetensors*"):
             old.unlink()
         writer = TensorWriter(folder, self.max_shard_bytes)
         pipeline = Pipeline(
-            source=self.source,
-            options=self.options,
+            source=source,
+            options=options,
             decision=decision,
-            windows=self.windows if self.options.uses_moments else None,
+            windows=self.windows if options.uses_moments else None,
             applier=self._applier(decision),
             storage=self._storage(),
             writer=writer,
             clock=self.clock,
-            factors=None if rules is None else rules.factors,
+            factors=factors,
         )
         pipeline.run()
         bytes_files = writer.finish()
@@ -134,13 +162,14 @@ class Run:
         assert self.spare is not None
         after = math.exp(self._nll(folder))
         predicted = math.exp(base + found.rise)
+        off = predicted / after - 1
         return PredictionReport(
             rise=found.rise,
             base=math.exp(base),
             predicted=predicted,
             measured=after,
             num_tokens=self.spare.numel() - len(self.spare),
-            weak=abs(predicted / after - 1) > WEAK,
+            weak=off < -WEAK or (off > WEAK and self.lesson is None),  # the prediction knows of no training
         )
 
     def _nll(self, folder: Path) -> float:

@@ -45,6 +45,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "spq": frozenset({"torch", "safetensors", "pydantic", "transformers", "huggingface_hub", "tqdm", "zstandard"}),
     "spq.tasks": frozenset({"transformers", "lm_eval", "datasets"}),
     "spq.pareto_plot": frozenset({"matplotlib"}),
+    "spq.recover": frozenset({"torch", "transformers", "peft"}),
     "server.core": frozenset(),
     "server.errors": frozenset(),
     "server.config": frozenset({"pydantic"}),
