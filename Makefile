@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check $(if $(CI),--quiet)
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 ARGS ?=
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -21,13 +22,13 @@ serve:
 	@exec $(RUN) -m server $(ARGS)
 
 test: $(VENV)/.dev ## Run the whole test suite
-	@HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 
 check: $(VENV)/.dev ## Lint, check the format and the types, and run the tests that need no GPU
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	@HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not gpu and not program" $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PYTEST) -m "not gpu and not program" $(ARGS)
 
 bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)
