@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {"calibration_windows": 4, "calibration_len": 32, "group
 VARIANTS: dict[str, SPQConfig] = {
     "default": SPQConfig.preset("default", **SMALL, variance_threshold=0.9, max_prune_ratio=0.2, rank_multiple=4),
     "whitened": SPQConfig.preset(
-        "default", **SMALL, variance_threshold=0.999, max_prune_ratio=0.2, rank_multiple=4, min_saving=0.0,
+        "default", **SMALL, variance_threshold=0.97, max_prune_ratio=0.2, rank_multiple=4, min_saving=0.0,
         svd_metric="whitened", svd_residual=0.25, prune_score="energy", compensation="refit",
     ),
     "bias": SPQConfig.preset(
@@ -130,7 +130,7 @@ def left_over(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["default", "whitened", "correction", "budget"])  # the others have a part of these
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_degenerate_weights_come_out_near_the_original(
     make_model: Callable[..., Path], text: str, tmp_path: Path, change: Callable[[Tensors], None], name: str

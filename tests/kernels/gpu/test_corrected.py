@@ -32,7 +32,6 @@ def corrections(ops, make, out, inner):
     }
 
 
-@pytest.mark.parametrize("ops", [torch.float32], indirect=True)
 @pytest.mark.parametrize("main", ["int4", "int8", "dense"])
 @pytest.mark.parametrize("correction", ["int8", "int4", "dense", "mixed"])
 def test_every_main_with_every_correction(ops, exact, make, close, main, correction):
@@ -93,7 +92,6 @@ def test_attention_input(ops, exact, make, close, kinds, stacked, rows):
     close(ops, kv.value[slots], exact_kv.value[slots], 5, HIDDEN)
 
 
-@pytest.mark.parametrize("ops", [torch.float32], indirect=True)
 @pytest.mark.parametrize("kinds", ["FF", "fF", "Ii", "iF"])
 @pytest.mark.parametrize("rows", [1, MANY])
 def test_mlp(ops, exact, make, close, kinds, rows):

@@ -89,7 +89,6 @@ def test_attention_input(ops, exact, make, close, kinds, rows, head_dim, norms, 
     assert torch.count_nonzero(ops.gpu.counters) == 0
 
 
-@pytest.mark.parametrize("ops", [torch.float32], indirect=True)
 @pytest.mark.parametrize("kinds", ["iii", "rli", "444", "sp4"])
 @pytest.mark.parametrize(("block_n", "split", "rows"), [(16, 1, 18), (32, 3, 3), (64, 2, 18)])
 def test_programs_that_share_a_head(ops, exact, make, close, kinds, block_n, split, rows):

@@ -76,7 +76,6 @@ def test_scales_beyond_float16(ops, exact, make, close):
         close(ops, got[:, column], want[:, column], 0, 200)
 
 
-@pytest.mark.parametrize("ops", [torch.float32], indirect=True)
 @pytest.mark.parametrize(("split", "rows"), [(2, 18), (5, 2)])
 @pytest.mark.parametrize("group", [128, 16])
 def test_programs_that_share_k(ops, exact, make, close, group, split, rows):

@@ -10,7 +10,7 @@ from harness import Harness
 from models import FAMILIES, SMALL, random_model, real_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-NEW_TOKENS = 64
+NEW_TOKENS = 40
 TEXTS = (
     "Once upon a time",
     "The little dog",
@@ -38,7 +38,7 @@ def test_random_models_generate_what_transformers_does(family: str, tmp_path: Pa
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, SMALL["vocab_size"], (n,), generator=generator).tolist() for n in (5, 1, 40, 70)]
     harness = Harness(tmp_path)
-    sequences = harness.run([harness.sequence(p, str(i)) for i, p in enumerate(prompts)])
+    sequences = harness.run([harness.sequence(p, str(i), max_tokens=NEW_TOKENS) for i, p in enumerate(prompts)])
     for prompt, sequence in zip(prompts, sequences, strict=True):
         assert sequence.token_ids == expected(model, prompt)
 
