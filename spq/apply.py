@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.weights import CorrectedWeight, DenseWeight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 from spq.config import SPQConfig
 from spq.correct import error_spectrum, int8_factor, low_rank_correction
 from spq.decoder import InputName
@@ -49,19 +49,22 @@ class Applier:
         second: Tensor | None = None,
         channel_max: Tensor | None = None,
         factors: Factors | None = None,
+        zeroed: float | None = None,
     ) -> LinearWeight:
         """The stored form of weight [out, in] float32.
 
         `second` [in, in] is the second moment of its inputs and `channel_max` [in] their largest magnitudes, where
-        the options need them; `factors` are taken instead of a new decomposition. Raises SpqError where a matrix
-        cannot be stored.
+        the options need them; `factors` are taken instead of a new decomposition; `zeroed` is the share of its integers
+        to prune, the options' where it is None. Raises SpqError where a matrix cannot be stored.
         """
         if recipe.rank is not None:
             down, up = self.factors(weight, recipe.rank, second) if factors is None else factors
             inner = None if second is None else down.to(second) @ second @ down.to(second).T
-            first = self._leaf(f"{module}.down", down, None, recipe.stored, second, channel_max)
-            return LowRankWeight(first, self._leaf(f"{module}.up", up, bias, recipe.stored, inner, None))
-        main = self._leaf(module, weight, bias, recipe.stored, second, channel_max)
+            share = self.options.integer_pruning
+            first = self._leaf(f"{module}.down", down, None, recipe.stored, second, channel_max, share)
+            return LowRankWeight(first, self._leaf(f"{module}.up", up, bias, recipe.stored, inner, None, share))
+        share = self.options.integer_pruning if zeroed is None else zeroed
+        main = self._leaf(module, weight, bias, recipe.stored, second, channel_max, share)
         if not recipe.correction:
             return main
         assert second is not None
@@ -79,7 +82,7 @@ class Applier:
 
     def _leaf(
         self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored, second: Tensor | None,
-        channel_max: Tensor | None,
+        channel_max: Tensor | None, share: float,
     ) -> Leaf:  # fmt: skip
         options = self.options
         leaf: Leaf
@@ -92,9 +95,15 @@ class Applier:
                 leaf = feedback_int4(weight, second, options.group, options.symmetric, search=True, bias=bias)
         except OptionError as error:
             raise OptionError(f"{name}: {error}") from error
-        if options.integer_pruning == 0 or channel_max is None or isinstance(leaf, DenseWeight):
+        if share == 0 or channel_max is None or isinstance(leaf, DenseWeight):
             return leaf
-        return prune_integers(leaf, channel_max.cpu(), options.integer_pruning)
+        return prune_integers(leaf, channel_max.cpu(), share)
+
+    def nearest(self, module: str, weight: Tensor, stored: Stored) -> Int8Weight | Int4Weight:
+        """weight [out, in] float32 as integers without feedback: what a trial is judged by."""
+        leaf = self._rounded(module, weight, None, stored)
+        assert not isinstance(leaf, DenseWeight)
+        return leaf
 
     def _rounded(
         self, name: str, weight: Tensor, bias: Tensor | None, stored: Stored, importance: Tensor | None = None

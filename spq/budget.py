@@ -19,12 +19,11 @@ from spq.errors import OptionError
 from spq.layout import EMBEDDING, HEAD, layer_linears, model_vectors, module_has_bias
 from spq.progress import StageClock
 from spq.recipe import Decision, Storage
-from spq.sensitivity import measure
+from spq.sensitivity import PROBE_TOKENS, measure
 from spq.source import Source
 from spq.survey import INT4, SURVEY_WEIGHT, MatrixSurvey, ModelSurvey, Surveyor, attention_matrices
 
 SENSITIVITY_WEIGHT = 6.0  # a layer's share of time, see `rules`
-PROBE_TOKENS = 2048  # of the calibration windows, for sensitivities
 MLP_LOCALS = ("gate_proj", "up_proj", "down_proj")
 
 

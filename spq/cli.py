@@ -57,7 +57,7 @@ GROUPS = {
         "feedback",
         "correction_rank",
     ),
-    "double compression": ("scaling_alpha", "integer_pruning", "entropy_coding"),
+    "double compression": ("scaling_alpha", "integer_pruning", "coding_loss", "entropy_coding"),
     "recovery (LoRA training of the float model before rounding; extra `recovery`)": (
         "recover_steps",
         "recover_rank",

@@ -111,6 +111,12 @@ class SPQConfig(BaseModel):
     integer_pruning: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the integers of each matrix set to zero (double compression)"
     )
+    coding_loss: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="choose both by matrix: fewest coded bytes with at most this output error; 0: no",
+    )
     entropy_coding: bool = Field(False, description="store integers in zstd blocks; decoded when a model is loaded")
 
     budget: Bytes | None = Field(None, ge=1, description="bytes the packed tensors may take; suffixes KiB, MiB, GiB")
@@ -147,14 +153,21 @@ class SPQConfig(BaseModel):
         if not self.quantize:
             asked = {
                 "bits": self.bits != 8, "feedback": self.feedback, "integer_pruning": self.integer_pruning > 0,
-                "entropy_coding": self.entropy_coding, "a budget": self.has_budget,
+                "entropy_coding": self.entropy_coding, "a budget": self.has_budget, "coding_loss": self.coding_loss > 0,
             }  # fmt: skip
             for what in (name for name, given in asked.items() if given):
                 raise ValueError(f"{what} without quantize: there are no integers; switch quantize on")
         if not self.quantize_embedding and self.embedding_bits != 8:
             raise ValueError("embedding_bits without quantize_embedding: switch it on")
-        if self.integer_pruning > 0 and not self.symmetric and 4 in (self.bits, 4 if self.has_budget else 8):
-            raise ValueError("integer_pruning at 4 bits with zero points: 0 is no common symbol there; set symmetric")
+        if self.coding_loss > 0:
+            self._check_coding_loss()
+        if (
+            (self.integer_pruning > 0 or self.coding_loss > 0)
+            and not self.symmetric
+            and 4 in (self.bits, 4 if self.has_budget else 8)
+        ):
+            asked_for = "coding_loss" if self.coding_loss > 0 else "integer_pruning"
+            raise ValueError(f"{asked_for} at 4 bits with zero points: 0 is no common symbol there; set symmetric")
         if self.feedback and self.granularity != "channel":
             raise ValueError(f"feedback with granularity {self.granularity}: only row scales are fed back; use channel")
         if self.svd_residual > 0 and self.svd_metric != "whitened":
@@ -182,6 +195,18 @@ class SPQConfig(BaseModel):
             raise ValueError(f"{what} is chosen by the allocator where {given[0]} is given; leave it out")
         return self
 
+    def _check_coding_loss(self) -> None:
+        clash = {
+            "scaling_alpha": self.scaling_alpha > 0, "integer_pruning": self.integer_pruning > 0,
+            "variance_threshold": self.uses_svd, "correction_rank": self.correction_rank > 0,
+            "a budget": self.has_budget,
+        }  # fmt: skip
+        for what in (name for name, given in clash.items() if given):
+            raise ValueError(f"coding_loss with {what}: it chooses scaling and pruning of whole matrices by itself; "
+                             "leave one out (variance_threshold 1 for no SVD)")  # fmt: skip
+        if not self.entropy_coding:
+            raise ValueError("coding_loss without entropy_coding: zeros save no bytes before coding; switch it on")
+
     @property
     def uses_svd(self) -> bool:
         """Whether any matrix may become a factor pair."""
@@ -202,7 +227,7 @@ class SPQConfig(BaseModel):
         """Whether the inputs of every matrix have to be measured."""
         return (
             self.has_budget or (self.svd_metric == "whitened" and self.uses_svd) or self.feedback
-            or self.correction_rank > 0 or self.scaling_alpha > 0 or self.integer_pruning > 0
+            or self.correction_rank > 0 or self.scaling_alpha > 0 or self.integer_pruning > 0 or self.coding_loss > 0
         )  # fmt: skip
 
     @property
@@ -265,20 +290,3 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "feedback": True,
     },
 }
-
-
-def tile_multiple(dim: int, asked: int | None) -> int:
-    """What a dimension is rounded up to: the multiple asked for, or the tile that suits its size.
-
-    Kernels work in tiles of 64 (tensor cores) or 8-32 (AVX2), so a rank of 819 costs as much as 832. On small
-    matrices a tile of 64 would eat the whole saving: auto takes the largest of 64, 32, 16, 8 that is at most 1/32
-    of the dimension (64 from 2048 on), and never less than 8, so that rounding costs about 3 % at worst.
-    """
-    if asked is not None:
-        return asked
-    return max((tile for tile in (64, 32, 16) if tile * 32 <= dim), default=8)
-
-
-def round_up(value: int, multiple: int, limit: int) -> int:
-    """The next multiple, but at most `limit`."""
-    return min(-(-value // multiple) * multiple, limit)

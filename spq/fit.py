@@ -19,11 +19,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from spq.architecture import ATTENTION, ModelSpec, read_spec
-from spq.config import round_up, tile_multiple
 from spq.errors import ModelFileError, OptionError, SpqError
 from spq.layout import EMBEDDING, HEAD, model_linears, model_vectors, module_has_bias
 from spq.recipe import Recipe, Storage
 from spq.sizes import format_bytes, parse_bytes
+from spq.tiles import round_up, tile_multiple
 
 STEP_TOKENS = 2048  # the server's default largest step
 DRIVER_BYTES = 500 << 20  # context, libraries and kernels of a CUDA process with torch; varies by card and driver

@@ -49,3 +49,9 @@ class Moments:
     def finite(self) -> bool:
         """Whether no NaN or infinity was seen, and no square overflowed float32."""
         return bool(torch.isfinite(self.peak).all()) and bool(torch.isfinite(self.second.diagonal()).all())
+
+
+def output_energy(weight: Tensor, second: Tensor) -> float:
+    """tr(W H W^T) of weight [out, in] and second moments [in, in]: the mean square of its outputs, summed over them."""
+    wide = weight.to(second.dtype)
+    return float(((wide @ second) * wide).sum())

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
 from spq.apply import INPUT_OF, Applier, Factors
 from spq.architecture import MLP
 from spq.config import SPQConfig
 from spq.decoder import INPUTS, InputName, LayerRunner
+from spq.errors import OptionError
 from spq.layout import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_vectors, linear_path, module_has_bias
 from spq.manifest import ModulePlan
 from spq.moments import Moments
@@ -29,6 +30,7 @@ from spq.recipe import Decision, Storage
 from spq.report import MatrixReport
 from spq.scaling import channel_scales, fold
 from spq.source import Source
+from spq.squeeze import Candidate, squeeze
 from spq.tensorfile import DTYPES
 from spq.writer import TensorWriter
 
@@ -95,8 +97,12 @@ class Pipeline:
         spec = self.source.spec
         prefix = spec.layer_prefix(layer)
         scales: dict[InputName, Tensor] = {}
-        if moments is not None and self.options.scaling_alpha > 0:
-            scales = self._scale(state, moments)
+        squeezed: dict[InputName, Candidate] = {}
+        if moments is not None and self.options.coding_loss > 0:
+            squeezed = {name: self._squeeze(layer, name, state, moments[name]) for name in INPUTS}
+        if moments is not None and (self.options.scaling_alpha > 0 or squeezed):
+            alphas = {name: found.alpha for name, found in squeezed.items()}
+            scales = self._scale(state, moments, alphas)
         for name in layer_vectors(spec, layer):
             vector = state[name.removeprefix(f"{prefix}.")]
             self.writer.add(name, vector.to("cpu", DTYPES[self.source.checkpoint.tensors[name].dtype]))
@@ -124,27 +130,45 @@ class Pipeline:
                 down, up = self.factors(module)
                 scale = scales.get(INPUT_OF[local])
                 factors = (down if scale is None else down * scale, up)  # they were made before the scaling
-            written = self.writer.tensor_bytes
+            written, found = self.writer.tensor_bytes, squeezed.get(INPUT_OF[local])
             linear = self.applier.store(
-                module, weight, bias, recipe, second=second, channel_max=channel_max, factors=factors
-            )
+                module, weight, bias, recipe, second=second, channel_max=channel_max, factors=factors,
+                zeroed=None if found is None else found.fraction,
+            )  # fmt: skip
             self._write(module, linear)
             shape = (weight.shape[0], weight.shape[1])
             own_bias = None if (bias is not None) == module_has_bias(spec, module) else bias is not None
             plan = self.storage.plan(recipe, shape, own_bias)
-            self._note(module, plan, before, self.writer.tensor_bytes - written)
+            self._note(module, plan, before, self.writer.tensor_bytes - written, found)
             if spread:
                 result |= as_float_layer(inside, linear, before, kept if local in MLP else None)
         return result
 
-    def _scale(self, state: dict[str, Tensor], moments: LayerMoments) -> dict[InputName, Tensor]:
+    def _squeeze(self, layer: int, name: InputName, state: dict[str, Tensor], inputs: Moments) -> Candidate:
+        """How far the matrices that read an input are scaled and pruned; neurons that are dropped count here still."""
+        prefix = self.source.spec.layer_prefix(layer)
+        paths = [linear_path(local) for local, read in INPUT_OF.items() if read == name]
+        weights = {f"{prefix}.{path}": state[f"{path}.weight"] for path in paths}
+
+        def rounded(module: str, weight: Tensor) -> Int8Weight | Int4Weight:
+            return self.applier.nearest(module, weight, self.decision.recipes[module].stored)
+
+        budget = self.options.coding_loss
+        try:
+            return squeeze(weights, inputs.second, inputs.peak, rounded, scaled=name in NORMS, budget=budget)
+        except OptionError as error:
+            raise OptionError(f"coding_loss, {prefix}, {name}: {error}") from error
+
+    def _scale(
+        self, state: dict[str, Tensor], moments: LayerMoments, alphas: dict[InputName, float]
+    ) -> dict[InputName, Tensor]:
         """Compression-aware scaling of the matrices behind a norm, in place: W diag(s), norm / s, moments of x / s.
 
-        Returns s of each input."""
+        alphas: by input, the options' where there is none. Returns s of each input."""
         scales: dict[InputName, Tensor] = {}
         for name, norm in NORMS.items():
             inputs = moments[name]
-            scale = channel_scales(inputs.peak, self.options.scaling_alpha).to(self.source.device)
+            scale = channel_scales(inputs.peak, alphas.get(name, self.options.scaling_alpha)).to(self.source.device)
             paths = [f"{linear_path(local)}.weight" for local, read in INPUT_OF.items() if read == name]
             folded, weights = fold(state[f"{norm}.weight"], [state[path] for path in paths], scale)
             state |= {f"{norm}.weight": folded, **dict(zip(paths, weights, strict=True))}
@@ -205,7 +229,9 @@ class Pipeline:
             return rule.per_channel(f"{module}.up", (plan.shape[0], plan.rank or 0))
         return (module == EMBEDDING or rule.per_channel(module, plan.shape)) if plan.kind == "int8" else None
 
-    def _note(self, module: str, plan: ModulePlan, before: tuple[int, int], written: int) -> None:
+    def _note(
+        self, module: str, plan: ModulePlan, before: tuple[int, int], written: int, squeezed: Candidate | None = None
+    ) -> None:
         choice = self.decision.choices.get(module)
         self.plans[module] = plan
         bias = 2 * before[0] if module_has_bias(self.source.spec, module) else 0
@@ -219,6 +245,8 @@ class Pipeline:
             per_channel=self._per_channel(module, plan),
             bytes_fp16=2 * before[0] * before[1] + bias,
             bytes=written,
+            alpha=None if squeezed is None else squeezed.alpha,
+            zeroed=None if squeezed is None else squeezed.fraction,
         )
 
 

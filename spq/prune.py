@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spq.config import round_up, tile_multiple
+from spq.tiles import round_up, tile_multiple
 from spq.whiten import checked, damped, square_root
 
 REFIT_DAMPING = 0.01  # of the mean diagonal

@@ -29,6 +29,8 @@ class MatrixReport(BaseModel):
     per_channel: bool | None  # whether each row has a scale; None where it is not int8
     bytes_fp16: int
     bytes: int
+    alpha: float | None = None  # of the scaling of its inputs, and
+    zeroed: float | None = None  # share of its integers set to zero, where coding_loss chose them
 
 
 class PerplexityReport(BaseModel):

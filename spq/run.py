@@ -120,7 +120,13 @@ class Run:
             return self._pass(folder, self.options, self.source, decision, factors)
         stage = folder / "float"
         stage.mkdir()
-        later = {"scaling_alpha": 0.0, "feedback": False, "correction_rank": 0, "integer_pruning": 0.0}
+        later = {
+            "scaling_alpha": 0.0,
+            "feedback": False,
+            "correction_rank": 0,
+            "integer_pruning": 0.0,
+            "coding_loss": 0.0,
+        }
         self._pass(stage, self.options.model_copy(update=later), self.source, decision.in_float(), factors)
         updates, report = train(stage, self.lesson, self.options, self.source.device, self.clock)
         made = self.source

@@ -5,14 +5,14 @@ activations are scaled up before quantization, s_i = max|X_i|^alpha, which stret
 other weights few steps; 1 / s goes into the norm in front: the float model stays what it was up to rounding. Integers
 are pruned without a mask: zeros are cheap to code. (The direction of s is our reading of summaries of the paper.)
 
-Not the coder (`entropy`) and not who calls this, in what order (`pipeline`). Only matrices behind a norm are scaled:
-q, k, v share the attention norm, gate and up the one of the MLP.
+Not the coder (`entropy`), not how far to go (`squeeze`) and not who calls this, in what order (`pipeline`). Only
+matrices behind a norm are scaled: q, k, v share the attention norm, gate and up the one of the MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kernels.weights import Int4Weight, Int8Weight, pack_int4
 from spq.entropy import entropy_bits
-from spq.errors import OptionError
 
 IntegersT = TypeVar("IntegersT", bound=Int8Weight | Int4Weight)
 
@@ -82,35 +81,6 @@ def _lowest(score: Tensor, count: int) -> Tensor:
     return mask.view_as(score)
 
 
-def bits_per_weight(weight: Int8Weight | Int4Weight) -> float:
-    """Order-0 entropy per integer, which coding comes near to; of int4 as it is coded, two in a byte."""
-    return entropy_bits(weight.qweight) / (1 if isinstance(weight, Int8Weight) else 2)
-
-
 def coded_bytes(weight: Int8Weight | Int4Weight) -> int:
     """Predicted bytes of the integers once coded: the entropy, or what they have where they would stay raw."""
     return min(weight.qweight.nbytes, round(weight.qweight.numel() * entropy_bits(weight.qweight) / 8))
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to store a matrix, or the matrices behind one norm."""
-
-    alpha: float
-    fraction: float  # of integers pruned
-    loss: float  # predicted
-    nbytes: int  # once coded
-
-
-def choose(candidates: Sequence[Candidate], loss_budget: float) -> Candidate:
-    """The smallest whose loss is within the budget; of equally small ones the one that loses least.
-
-    Raises OptionError, naming the least loss there is, where none is within.
-    """
-    within = [c for c in candidates if c.loss <= loss_budget]
-    if not within:
-        least = min((c.loss for c in candidates), default=float("inf"))
-        raise OptionError(
-            f"a loss budget of {loss_budget:.4g}, but the least loss of a matrix is {least:.4g}; raise it"
-        )
-    return min(within, key=lambda c: (c.nbytes, c.loss, c.alpha, c.fraction))

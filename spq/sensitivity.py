@@ -26,6 +26,7 @@ from spq.source import Source
 
 DRAWS = 2  # of noise per matrix; their mean is taken
 BATCH_TOKENS = 1024  # through the head at a time
+PROBE_TOKENS = 2048  # of the calibration windows, whose loss is measured
 
 
 @torch.inference_mode()

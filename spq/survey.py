@@ -15,16 +15,17 @@ from torch import Tensor
 
 from spq.apply import INPUT_OF, Applier
 from spq.architecture import ATTENTION
-from spq.config import SPQConfig, round_up, tile_multiple
+from spq.config import SPQConfig
 from spq.decoder import INPUTS, InputName, LayerRunner
 from spq.errors import ModelFileError
 from spq.layout import EMBEDDING, HEAD, layer_linears
-from spq.moments import Moments
+from spq.moments import Moments, output_energy
 from spq.progress import StageClock
 from spq.prune import bias_compensation, dropping_errors, energy_scores, kept_width, refit_errors
 from spq.recipe import Recipe
 from spq.source import Source
 from spq.svd import decompose
+from spq.tiles import round_up, tile_multiple
 
 SURVEY_WEIGHT = 6.0  # a layer's share of time, see `rules`
 MOST_RANKS = 12  # tried per matrix, evenly spread
@@ -144,12 +145,6 @@ class Surveyor:
                 errors[width] = max(0.0, error) / energy
         found.scores.append(scores.cpu())
         found.widths.append(errors)
-
-
-def output_energy(weight: Tensor, second: Tensor) -> float:
-    """tr(W H W^T) of weight [out, in] and second moments [in, in]: the mean square of its outputs, summed over them."""
-    wide = weight.to(second.dtype)
-    return float(((wide @ second) * wide).sum())
 
 
 def attention_matrices(prefix: str) -> list[str]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spq.config import SigmaPlacement, SPQConfig, round_up, tile_multiple
+from spq.config import SigmaPlacement, SPQConfig
 from spq.errors import OptionError
+from spq.tiles import round_up, tile_multiple
 from spq.whiten import Root, checked, square_root
 
 RELEASED_MIN_ELEMENTS = 5000  # the released code leaves smaller matrices whole

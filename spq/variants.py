@@ -78,6 +78,10 @@ def variants(setting: Setting) -> dict[str, SPQConfig]:
         found[f"double compression, alpha {alpha:g}"] = options(
             "default", **alone, scaling_alpha=alpha, integer_pruning=0.2, entropy_coding=True
         )
+    for loss in (0.001, 0.01):
+        found[f"double compression, output error within {loss:.1%}"] = options(
+            "default", **alone, coding_loss=loss, entropy_coding=True
+        )
     return found
 
 

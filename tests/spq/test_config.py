@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from spq.config import SPQConfig, round_up, tile_multiple
+from spq.config import SPQConfig
 from spq.errors import OptionError
+from spq.tiles import round_up, tile_multiple
 
 
 def test_presets_differ_where_they_should() -> None:

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "correction_of_pruning": PRUNE | {"quantize": False, "correction_rank": 4},
     "scaling": NONE | {"scaling_alpha": 0.5},
     "integer_pruning": NONE | {"integer_pruning": 0.3},
+    "coding_loss": NONE | {"coding_loss": 0.01, "entropy_coding": True},
     "coded": NONE | {"integer_pruning": 0.6, "entropy_coding": True},
     "everything": {
         "variance_threshold": 0.6, "max_prune_ratio": 0.3, "svd_metric": "whitened", "prune_score": "energy",
@@ -143,6 +144,9 @@ def test_only_the_last_layers_are_factorised(make_model: Callable[..., Path], te
         ({"quantize": False, "bits": 4}, "bits without quantize"),
         ({"quantize": False, "entropy_coding": True}, "entropy_coding without quantize"),
         ({"bits": 4, "integer_pruning": 0.1}, "integer_pruning at 4 bits with zero points"),
+        ({"coding_loss": 0.1, "entropy_coding": True}, "coding_loss with variance_threshold"),
+        ({**NONE, "coding_loss": 0.1, "entropy_coding": True, "scaling_alpha": 0.5}, "coding_loss with scaling_alpha"),
+        ({**NONE, "coding_loss": 0.1}, "coding_loss without entropy_coding"),
         ({"feedback": True, "granularity": "tensor"}, "feedback with granularity tensor"),
         ({"budget": 1000, "ratio": 0.3}, "budget and ratio: give one of them"),
         ({"ratio": 0.3}, "variance_threshold is chosen by the allocator"),

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from kernels.weights import Int4Weight, Int8Weight, pack_int4
-from spq.entropy import encode
-from spq.errors import OptionError
+from spq.entropy import encode, entropy_bits
 from spq.quantize import quantize
-from spq.scaling import Candidate, bits_per_weight, channel_scales, choose, coded_bytes, fold, prune_integers
+from spq.scaling import channel_scales, coded_bytes, fold, prune_integers
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_scaling_lowers_the_entropy(generator: torch.Generator) -> None:
     bits = []
     for alpha in (0.0, 0.5, 1.0):
         (scaled,) = fold(torch.ones(512), [weight], channel_scales(top, alpha))[1]
-        bits.append(bits_per_weight(quantize(scaled, per_channel=True)))
+        bits.append(entropy_bits(quantize(scaled, per_channel=True).qweight))
     assert bits[0] - bits[1] > 0.5 and bits[1] - bits[2] > 0.5
 
 
@@ -106,19 +105,3 @@ def test_predicted_bytes_are_those_of_the_coder(generator: torch.Generator) -> N
         Int4Weight(packed, torch.ones(1024, 16).half(), None, 128, 2048),
     ):
         assert encode(candidate.qweight).nbytes == pytest.approx(coded_bytes(candidate), rel=0.02)
-        weights = candidate.shape[0] * candidate.shape[1]
-        assert coded_bytes(candidate) == pytest.approx(bits_per_weight(candidate) * weights / 8, abs=1)
-
-
-def test_the_smallest_within_the_budget() -> None:
-    candidates = [
-        Candidate(0.0, 0.0, loss=1.0, nbytes=100),
-        Candidate(0.5, 0.0, loss=2.0, nbytes=80),
-        Candidate(0.4, 0.1, loss=1.5, nbytes=80),
-        Candidate(1.0, 0.0, loss=5.0, nbytes=50),
-    ]
-    assert choose(candidates, 1.0).alpha == 0.0
-    assert choose(candidates, 4.0).alpha == 0.4
-    assert choose(candidates, 5.0).alpha == 1.0
-    with pytest.raises(OptionError, match=r"budget of 0\.5, but the least loss of a matrix is 1"):
-        choose(candidates, 0.5)
