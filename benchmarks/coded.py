@@ -29,9 +29,9 @@ from kernels.native.backend import NativeOps
 from server.engine.kv_cache import allocate
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
-from server.model.allocator import mapped_blocks
 from server.model.coded import CodedLayers
 from server.model.load import load_model
+from spq.allocator import mapped_blocks
 from spq.architecture import read_spec
 from spq.checkpoint import open_model
 from spq.config import SPQConfig

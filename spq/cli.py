@@ -193,8 +193,13 @@ def run(arguments: argparse.Namespace) -> Report:
         raise OptionError(f"--evaluate {arguments.evaluate}: is the text that is trained on; evaluate on another one")
     source = find_model(arguments.source, arguments.revision)
     with tqdm(total=100.0, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", disable=None) as bar:
+        told = False
 
         def show(progress: Progress) -> None:
+            nonlocal told
+            if progress.expected_bytes is not None and not told:
+                told = True
+                bar.write(f"memory    peak of about {progress.expected_bytes / MIB:.0f} MiB expected", file=sys.stderr)
             bar.n = 100.0 * progress.done
             place = "" if progress.stage == "recover" else f" layer {progress.layer + 1}/{progress.num_layers}"
             bar.set_description_str(f"{progress.stage}{place}", refresh=False)
@@ -235,7 +240,8 @@ def describe(report: Report) -> str:
         f"low rank  {report.num_low_rank} of {matrices} matrices",
         f"pruned    {report.num_pruned_neurons} MLP neurons",
         f"memory    peak {report.peak_rss_bytes / MIB:.0f} MiB resident "
-        f"({report.rss_at_start_bytes / MIB:.0f} MiB before the run), {report.peak_gpu_bytes / MIB:.0f} MiB GPU",
+        f"({report.rss_at_start_bytes / MIB:.0f} MiB before the run), {report.peak_gpu_bytes / MIB:.0f} MiB GPU"
+        + ("" if report.expected_bytes is None else f"; {report.expected_bytes / MIB:.0f} MiB were expected"),
         "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()),
     ]
     if report.recovery is not None:

@@ -7,6 +7,7 @@ leaves nothing that could be taken for a model.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spq.allocator import mapped_blocks
 from spq.budget import market_weight
 from spq.cache import source_hash
 from spq.calibrate import choose_windows, text_hash, tokenize
@@ -25,6 +27,7 @@ from spq.layout import num_parameters
 from spq.manifest import FORMAT_VERSION
 from spq.memory import PeakMemory
 from spq.output import MAX_SHARD_BYTES, put_in_place, refuse_existing, remove_orphans
+from spq.peak import Peak
 from spq.progress import Progress, StageClock
 from spq.recode import recode
 from spq.recover import check_installed, prepare
@@ -32,6 +35,7 @@ from spq.report import Report, read_report
 from spq.rules import Rules
 from spq.run import Run, Written
 from spq.source import Source
+from spq.tensorfile import DTYPES
 
 __all__ = ["Progress", "compress"]
 
@@ -75,6 +79,7 @@ def compress(
             text = recovery_text or calibration_text
             length = min(options.calibration_len, checkpoint.spec.max_positions)
             lesson = prepare(tokenize(source, text), length, options.seed, text_hash(text), spare)
+    clock.expected_bytes = _expected(checkpoint, options, windows, memory, device)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -82,7 +87,8 @@ def compress(
         raise OutputError(f"{temporary}: cannot be made ({error}); choose another output folder") from error
     run = Run(Source(source, checkpoint, device), options, windows, spare, clock, max_shard_bytes, lesson)
     try:
-        written = run.make(temporary)
+        with mapped_blocks():
+            written = run.make(temporary)
         report = _report(run, written, memory, calibration_text)
         report.save(temporary)
         made = temporary
@@ -105,6 +111,17 @@ def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str
     length = min(options.calibration_len, checkpoint.spec.max_positions)
     ids = tokenize(source, text)
     return choose_windows(ids, options.calibration_windows, length, options.seed)
+
+
+def _expected(
+    checkpoint: Checkpoint, options: SPQConfig, windows: Tensor | None, memory: PeakMemory, device: torch.device
+) -> int:
+    """Peak memory of what is to come, in bytes: resident with what is there already, or on a GPU."""
+    gc.collect()  # tokenizers leave cycles
+    itemsize = max(DTYPES[info.dtype].itemsize for info in checkpoint.tensors.values())
+    shape = None if windows is None else (windows.shape[0], windows.shape[1])
+    needed = Peak(checkpoint.spec, options, shape, itemsize).nbytes()
+    return needed if device.type == "cuda" else memory.rss_now_bytes() + needed
 
 
 def _report(run: Run, written: Written, memory: PeakMemory, text: str) -> Report:
@@ -130,6 +147,7 @@ def _report(run: Run, written: Written, memory: PeakMemory, text: str) -> Report
         rss_at_start_bytes=memory.rss_at_start_bytes,
         peak_rss_bytes=memory.rss_bytes(),
         peak_gpu_bytes=memory.gpu_bytes(),
+        expected_bytes=run.clock.expected_bytes,
         seconds={name: round(value, 3) for name, value in run.clock.seconds.items()},
         prediction=written.prediction,
         recovery=written.recovery,

@@ -213,7 +213,9 @@ def _inverse_factor(second: Tensor, damping: float) -> Tensor:
         if damping >= 1.0:
             raise CalibrationError("the second moment of a matrix's inputs has large negative eigenvalues")
         damping = max(10 * damping, 1e-6)
+    del matrix, diagonal, moved  # three of these at a time are enough: of down_proj they are the largest there is
     reverse = factor.flip(0, 1).contiguous()
+    del factor
     identity = torch.eye(len(reverse), dtype=reverse.dtype, device=reverse.device)
     inverse: Tensor = torch.linalg.solve_triangular(reverse, identity, upper=True)
     return inverse

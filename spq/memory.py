@@ -25,7 +25,11 @@ class PeakMemory:
             _CLEAR.write_text("5")  # resets VmHWM (proc(5)); not permitted in some containers
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.rss_at_start_bytes = _status_bytes("VmRSS") or _max_rss_bytes()
+        self.rss_at_start_bytes = self.rss_now_bytes()
+
+    def rss_now_bytes(self) -> int:
+        """Resident memory at the moment, in bytes; elsewhere than on Linux the largest so far."""
+        return _status_bytes("VmRSS") or _max_rss_bytes()
 
     def rss_bytes(self) -> int:
         """Largest resident memory, in bytes, interpreter and libraries included."""

@@ -72,15 +72,22 @@ class Pipeline:
             hidden = self.source.embed(self.windows)
         for layer in range(spec.num_layers):
             with self.clock.stage("write", layer, WRITE_WEIGHT):
-                state = self.source.layer_state(layer)
-                moments = None
-                if runner is not None and hidden is not None and wanted[layer]:
-                    module = runner.build(layer, state)
-                    moments = runner.run(layer, module, hidden.clone(), wanted[layer]).moments
-                stored = self._write_layer(layer, state, moments, spread=layer < last)
-                if runner is not None and hidden is not None and layer < last:
-                    moved = {name: value.to(self.source.device) for name, value in stored.items()}
-                    runner.run(layer, runner.build(layer, state | moved), hidden)
+                self._do_layer(layer, runner, hidden, wanted[layer], layer < last)
+
+    def _do_layer(
+        self, layer: int, runner: LayerRunner | None, hidden: Tensor | None, wanted: tuple[InputName, ...], more: bool
+    ) -> None:
+        """Measure and write a layer and, where `more` are to be measured, run it as it is stored. By itself, so that
+        nothing of it is left when the next one is read."""
+        state = self.source.layer_state(layer)
+        moments = None
+        if runner is not None and hidden is not None and wanted:
+            moments = runner.run(layer, runner.build(layer, state), hidden.clone(), wanted).moments
+        stored = self._write_layer(layer, state, moments, spread=more)
+        if runner is not None and hidden is not None and more:
+            del moments
+            moved = {name: value.to(self.source.device) for name, value in stored.items()}
+            runner.run(layer, runner.build(layer, state | moved), hidden)
 
     def _wanted(self, layer: int) -> tuple[InputName, ...]:
         """The inputs whose moments the matrices of a layer are stored by."""

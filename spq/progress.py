@@ -18,6 +18,7 @@ class Progress:
     done: float  # 0..1 of the whole
     elapsed_s: float
     eta_s: float | None  # None until the first layer is done
+    expected_bytes: int | None = None  # peak memory told before it, once the text is tokenized; see Report
 
 
 class StageClock:
@@ -25,6 +26,7 @@ class StageClock:
 
     def __init__(self, num_layers: int, total_weight: float, callback: Callable[[Progress], None] | None) -> None:
         self.seconds: dict[str, float] = {}
+        self.expected_bytes: int | None = None
         self._num_layers = num_layers
         self._total = total_weight
         self._done = 0.0
@@ -48,4 +50,4 @@ class StageClock:
         done = min(1.0, self._done / self._total)
         elapsed = time.monotonic() - self._started_s
         eta = elapsed / done * (1.0 - done) if done > 0 else None
-        self._callback(Progress(name, layer, self._num_layers, done, elapsed, eta))
+        self._callback(Progress(name, layer, self._num_layers, done, elapsed, eta, self.expected_bytes))

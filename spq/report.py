@@ -95,6 +95,7 @@ class Report(BaseModel):
     rss_at_start_bytes: int
     peak_rss_bytes: int
     peak_gpu_bytes: int
+    expected_bytes: int | None = None  # the peak as told before: resident on the CPU, else of the GPU
     seconds: dict[str, float]  # by stage
     perplexity: PerplexityReport | None = None
     prediction: PredictionReport | None = None  # where the allocator decided

@@ -54,40 +54,51 @@ class Rules:
         choices: dict[str, RankChoice] = {}
         scores: list[Tensor] = []
         means: list[float] = []
-        by_energy = options.uses_pruning and options.prune_score == "energy"
         runner = hidden = None
         if self.windows is not None and (options.uses_pruning or options.svd_metric == "whitened"):
             runner = LayerRunner(spec, self.windows.shape[1], self.source.device)
             hidden = self.source.embed(self.windows)
         for layer in range(spec.num_layers if options.uses_svd or options.uses_pruning else 0):
-            state = self.source.layer_state(layer)
-            if options.uses_svd and layer >= spec.num_layers - (options.svd_last_layers or spec.num_layers):
-                with self.clock.stage("svd", layer, SVD_WEIGHT):
-                    moments = None
-                    if options.svd_metric == "whitened":
-                        assert runner is not None and hidden is not None
-                        shown = runner.run(layer, runner.build(layer, state), hidden.clone(), ("attention", "o"))
-                        moments = shown.moments
-                    state |= self._factorise(layer, state, moments, choices)
-            if runner is not None and hidden is not None:
-                with self.clock.stage("activations", layer, ACTIVATION_WEIGHT if options.uses_pruning else 0.0):
-                    module = runner.build(layer, state)
-                    observe: tuple[Literal["score", "down"], ...] = ("score", "down") if by_energy else ("score",)
-                    shown = runner.run(layer, module, hidden, observe)
-                    score = shown.score
-                    if score is None or not bool(torch.isfinite(score).all()):
-                        raise ModelFileError(f"activations of layer {layer} are not finite; the model is damaged")
-                    means.append(float(score.mean()))
-                    if by_energy:
-                        energy = shown.moments["down"].second.diagonal()
-                        score = energy_scores(energy, state["mlp.down_proj.weight"]).float().cpu()
-                    scores.append(score)
+            self._look_at(layer, runner, hidden, choices, means, scores)
         width = spec.intermediate_size
         widths = [width] * spec.num_layers
         if options.uses_pruning:
             ratios = prune_ratios(means, options.min_prune_ratio, options.max_prune_ratio)
             widths = [kept_width(width, ratio, options.width_multiple) for ratio in ratios]
         return Decision(self._recipes(choices), widths, scores if options.uses_pruning else [], choices)
+
+    def _look_at(
+        self, layer: int, runner: LayerRunner | None, hidden: Tensor | None, choices: dict[str, RankChoice],
+        means: list[float], scores: list[Tensor],
+    ) -> None:  # fmt: skip
+        """Decide on the factors of a layer, run it with them, and add what its neurons showed. By itself, so that
+        nothing of a layer is left when the next one is read."""
+        spec, options = self.source.spec, self.options
+        state = self.source.layer_state(layer)
+        if options.uses_svd and layer >= spec.num_layers - (options.svd_last_layers or spec.num_layers):
+            with self.clock.stage("svd", layer, SVD_WEIGHT):
+                moments = None
+                if options.svd_metric == "whitened":
+                    assert runner is not None and hidden is not None
+                    shown = runner.run(layer, runner.build(layer, state), hidden.clone(), ("attention", "o"))
+                    moments = shown.moments
+                    del shown
+                state |= self._factorise(layer, state, moments, choices)
+                del moments
+        if runner is None or hidden is None:
+            return
+        with self.clock.stage("activations", layer, ACTIVATION_WEIGHT if options.uses_pruning else 0.0):
+            by_energy = options.uses_pruning and options.prune_score == "energy"
+            observe: tuple[Literal["score", "down"], ...] = ("score", "down") if by_energy else ("score",)
+            shown = runner.run(layer, runner.build(layer, state), hidden, observe)
+            score = shown.score
+            if score is None or not bool(torch.isfinite(score).all()):
+                raise ModelFileError(f"activations of layer {layer} are not finite; the model is damaged")
+            means.append(float(score.mean()))
+            if by_energy:
+                energy = shown.moments["down"].second.diagonal()
+                score = energy_scores(energy, state["mlp.down_proj.weight"]).float().cpu()
+            scores.append(score)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """Accepted factors of a matrix, float32 (down, up), from the spool."""

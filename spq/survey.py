@@ -76,17 +76,21 @@ class Surveyor:
         hidden = self.source.embed(windows)
         for layer in range(spec.num_layers):
             with self.clock.stage("survey", layer, SURVEY_WEIGHT):
-                state = self.source.layer_state(layer)
-                module = runner.build(layer, state)
-                moments = runner.run(layer, module, hidden, observe=ALL_INPUTS).moments
-                if not all(inputs.finite for inputs in moments.values()):
-                    raise ModelFileError(f"activations of layer {layer} are not finite; the model is damaged")
-                prefix = spec.layer_prefix(layer)
-                for name in layer_linears(spec, layer):
-                    weight = state[f"{name.removeprefix(f'{prefix}.')}.weight"]
-                    found.matrices[name] = self._matrix(name, weight, moments[INPUT_OF[name.rpartition(".")[2]]])
-                self._neurons(found, state["mlp.down_proj.weight"], moments["down"])
+                self._layer(layer, runner, hidden, found)
         return found
+
+    def _layer(self, layer: int, runner: LayerRunner, hidden: Tensor, found: ModelSurvey) -> None:
+        """By itself, so that nothing of a layer is left when the next one is read."""
+        spec = self.source.spec
+        state = self.source.layer_state(layer)
+        moments = runner.run(layer, runner.build(layer, state), hidden, observe=ALL_INPUTS).moments
+        if not all(inputs.finite for inputs in moments.values()):
+            raise ModelFileError(f"activations of layer {layer} are not finite; the model is damaged")
+        prefix = spec.layer_prefix(layer)
+        for name in layer_linears(spec, layer):
+            weight = state[f"{name.removeprefix(f'{prefix}.')}.weight"]
+            found.matrices[name] = self._matrix(name, weight, moments[INPUT_OF[name.rpartition(".")[2]]])
+        self._neurons(found, state["mlp.down_proj.weight"], moments["down"])
 
     def _table(self, module: str) -> MatrixSurvey:
         """The embedding or head by its weights alone: every row counts the same."""

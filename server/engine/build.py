@@ -25,13 +25,13 @@ from server.engine.release import release_freed, release_libraries
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
-from server.model.allocator import mapped_blocks
 from server.model.coded import CodedLayers
 from server.model.facts import compression_facts
 from server.model.load import WeightBytes, load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
+from spq.allocator import mapped_blocks
 from spq.checkpoint import open_model
 from spq.errors import OptionError
 from spq.sizes import format_bytes

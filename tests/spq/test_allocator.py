@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 # a process of its own: elsewhere the heap has holes left by others, and malloc takes these before it maps
 PROGRAM = """
 import os, torch
 from pathlib import Path
-from server.model.allocator import mapped_blocks
+from spq.allocator import mapped_blocks
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
