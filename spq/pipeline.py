@@ -223,7 +223,10 @@ class Pipeline:
             leaf = DenseWeight(self.source.read(info.name))
         elif recipe.stored == "int4":
             how = (self.options.group, self.options.symmetric)
-            leaf = quantize4_streamed(lambda a, b: self.source.read(info.name, (a, b)), shape, *how, search=True)
+            try:
+                leaf = quantize4_streamed(lambda a, b: self.source.read(info.name, (a, b)), shape, *how, search=True)
+            except OptionError as error:
+                raise OptionError(f"{module}: {error}") from error
         else:
             rows = module == EMBEDDING or self.applier.rule.per_channel(module, shape)
             leaf = quantize_streamed(lambda a, b: self.source.read(info.name, (a, b)), shape, rows)

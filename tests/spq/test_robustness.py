@@ -161,6 +161,16 @@ def test_huge_weights_are_stored_or_named(
         assert bool(torch.isfinite(logits_of(tmp_path / "out", text)).all())
 
 
+def test_a_huge_entry_of_an_int4_table_is_named(make_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    def enlarge(tensors: Tensors) -> None:
+        tensors["model.embed_tokens.weight"][7, 3] = 1e7
+
+    options = SPQConfig.preset("int8", **SMALL, embedding_bits=4)
+    with pytest.raises(OptionError, match=r"model\.embed_tokens: a weight of 1e\+07 .* store this matrix in 8 bits"):
+        compress(edit(make_model(), enlarge), tmp_path / "out", options, calibration_text=text, device=CPU)
+    assert not (tmp_path / "out").exists() and not left_over(tmp_path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_values_that_are_not_finite_are_named(
