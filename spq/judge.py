@@ -18,7 +18,9 @@ from spq.calibrate import tokenize
 from spq.errors import CalibrationError, OptionError
 from spq.evaluate import choose_window, cut_windows, perplexity_of
 from spq.footprint import measure_footprint
+from spq.manifest import REPORT_NAME
 from spq.quality import Quality, compare, measure, predict
+from spq.report import read_report
 from spq.rows import Option, Row, TaskScore, TextScore, make_row
 from spq.scoring import LocalModel
 from spq.served import ServedModel
@@ -42,7 +44,8 @@ class Judge:
     on_text: Callable[[str], None] = field(default=lambda name: None)  # hears what is measured next
 
     def folder(self, folder: Path, name: str | None = None, options: dict[str, Option] | None = None) -> Row:
-        """A row of a model folder. Raises SpqError."""
+        """A row of a model folder. Raises SpqError, also for a text that the model was trained on."""
+        self._refuse_lessons(folder)
         footprint = measure_footprint(folder)
         same = self.reference is not None and self.reference.folder.resolve() == folder.resolve()
         model = self.reference if same and self.reference else LocalModel(folder, self.device, self.dtype)
@@ -56,6 +59,14 @@ class Judge:
                 quality = compare(model, self.reference, windows, bos=self.bos)
             scores[text.name] = TextScore.of(quality, text.sha256)
         return make_row(name or folder.name, footprint, scores, tasks=self._tasks(model), options=options)
+
+    def _refuse_lessons(self, folder: Path) -> None:
+        if not (folder / REPORT_NAME).is_file():
+            return
+        recovery = read_report(folder).recovery
+        for text in self.texts:
+            if recovery is not None and recovery.text_hash == text.sha256:
+                raise OptionError(f"{folder}: was trained on {text.name} (recovery); evaluate it on another text")
 
     def server(self, model: ServedModel) -> Row:
         """A row of a running server; KL and bytes of files are not to be had from there. Raises SpqError."""

@@ -20,8 +20,10 @@ from spq.cli import main
 from spq.compress import compress
 from spq.config import SPQConfig
 from spq.errors import CalibrationError, OptionError
+from spq.judge import Judge
 from spq.recover import Update, attach, prepare, train
 from spq.report import Report, read_report
+from spq.texts import EvaluationText
 
 CPU = torch.device("cpu")
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not here (extra: recovery)")
@@ -231,3 +233,17 @@ def test_the_report_and_its_lines(
     found = read_report(tmp_path / "out").recovery
     assert found is not None and found.tokens == 2 * 2048 and math.isfinite(found.loss_after)
     assert f"recovered loss {found.loss_before:.4f} -> {found.loss_after:.4f} nats" in capsys.readouterr().out
+
+
+@needs_peft
+def test_the_text_of_training_is_no_text_to_judge_by(
+    make_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    compressed(make_model(), tmp_path / "out", text, **PRUNE)
+    judges = {
+        name: Judge([EvaluationText(name, content)], CPU, torch.float32)
+        for name, content in (("seen", text), ("new", text + "A different end."))
+    }
+    with pytest.raises(OptionError, match=r"out: was trained on seen \(recovery\); evaluate it on another text"):
+        judges["seen"].folder(tmp_path / "out")
+    assert judges["new"].folder(tmp_path / "out").texts["new"].perplexity > 1
