@@ -17,6 +17,7 @@ from spq.correct import error_spectrum, int8_factor, low_rank_correction
 from spq.decoder import InputName
 from spq.errors import OptionError
 from spq.feedback import feedback_int4, feedback_int8
+from spq.layout import linear_path
 from spq.manifest import Stored
 from spq.quantize import GranularityRule, quantize
 from spq.quantize4 import quantize4
@@ -57,13 +58,12 @@ class Applier:
         the options need them; `factors` are taken instead of a new decomposition; `zeroed` is the share of its integers
         to prune, the options' where it is None. Raises SpqError where a matrix cannot be stored.
         """
+        share = self.options.integer_pruning if zeroed is None else zeroed
         if recipe.rank is not None:
             down, up = self.factors(weight, recipe.rank, second) if factors is None else factors
             inner = None if second is None else down.to(second) @ second @ down.to(second).T
-            share = self.options.integer_pruning
             first = self._leaf(f"{module}.down", down, None, recipe.stored, second, channel_max, share)
             return LowRankWeight(first, self._leaf(f"{module}.up", up, bias, recipe.stored, inner, None, share))
-        share = self.options.integer_pruning if zeroed is None else zeroed
         main = self._leaf(module, weight, bias, recipe.stored, second, channel_max, share)
         if not recipe.correction:
             return main
@@ -121,3 +121,8 @@ def chosen_factors(spectrum: Spectrum, second: Tensor | None, rank: int, options
     if options.svd_residual > 0 and second is not None:
         return residual_factors(spectrum.weight, second, rank, options.svd_residual, options.sigma)
     return spectrum.factors(rank, options.sigma)
+
+
+def readers(name: InputName) -> list[str]:
+    """Paths inside a layer of the matrices that read an input."""
+    return [linear_path(local) for local, read in INPUT_OF.items() if read == name]

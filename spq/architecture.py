@@ -17,8 +17,8 @@ from spq.llama_config import LlamaConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-KV_SCALE_BYTES = 4
 MLP = ("gate_proj", "up_proj", "down_proj")
+KV_SCALE_BYTES = 4  # float32 scale per token and head of an int8 cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from spq.allocate import Option, choose, pareto, total_bytes, total_loss
 from spq.apply import Applier
+from spq.architecture import ATTENTION, MLP
 from spq.config import SPQConfig
 from spq.errors import OptionError
-from spq.layout import EMBEDDING, HEAD, layer_linears, model_vectors, module_has_bias
+from spq.layout import EMBEDDING, HEAD, layer_linears, linear_path, model_vectors, module_has_bias
 from spq.progress import StageClock
 from spq.recipe import Decision, Storage
 from spq.sensitivity import PROBE_TOKENS, measure
 from spq.source import Source
-from spq.survey import INT4, SURVEY_WEIGHT, MatrixSurvey, ModelSurvey, Surveyor, attention_matrices
+from spq.survey import INT4, SURVEY_WEIGHT, MatrixSurvey, ModelSurvey, Surveyor
 
 SENSITIVITY_WEIGHT = 6.0  # a layer's share of time, see `rules`
-MLP_LOCALS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ def open_market(
         prefix = spec.layer_prefix(layer)
         parts += [
             _matrix_options(name, survey.matrices[name], coefficients[name], storage)
-            for name in attention_matrices(prefix)
+            for name in (f"{prefix}.{linear_path(local)}" for local in ATTENTION)
         ]
         parts.append(_mlp_options(layer, prefix, survey, coefficients, storage))
     return Market(parts, _fixed_bytes(source), [spec.intermediate_size] * spec.num_layers, survey.scores)
@@ -135,7 +135,7 @@ def _mlp_options(
     layer: int, prefix: str, survey: ModelSurvey, coefficients: dict[str, float], storage: Storage
 ) -> list[Option]:
     """Widths times what may be done with the three matrices of that width."""
-    names = [f"{prefix}.mlp.{local}" for local in MLP_LOCALS]
+    names = [f"{prefix}.{linear_path(local)}" for local in MLP]
     rows, hidden = survey.matrices[names[0]].shape
     errors = {rows: 0.0} | survey.widths[layer]
     found: list[Option] = []

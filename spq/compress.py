@@ -71,14 +71,16 @@ def compress(
     layers = checkpoint.spec.num_layers
     deciding = market_weight() if options.has_budget else Rules.weight(options)
     clock = StageClock(layers, layers * deciding + Run.weight(options, layers), progress)
-    windows = spare = lesson = None
+    windows = spare = lesson = ids = None
+    length = min(options.calibration_len, checkpoint.spec.max_positions)
     with clock.stage("tokenize", 0, 0.0):
         if options.uses_text:
-            windows, spare = _windows(source, checkpoint, options, calibration_text)
+            ids = tokenize(source, calibration_text)
+            windows, spare = choose_windows(ids, options.calibration_windows, length, options.seed)
         if options.recover_steps:
             text = recovery_text or calibration_text
-            length = min(options.calibration_len, checkpoint.spec.max_positions)
-            lesson = prepare(tokenize(source, text), length, options.seed, text_hash(text), spare)
+            read = ids if ids is not None and text == calibration_text else tokenize(source, text)
+            lesson = prepare(read, length, options.seed, text_hash(text), spare)
     clock.expected_bytes = _expected(checkpoint, options, windows, memory, device)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
@@ -104,13 +106,6 @@ def compress(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
-
-
-def _windows(source: Path, checkpoint: Checkpoint, options: SPQConfig, text: str) -> tuple[Tensor, Tensor | None]:
-    """Windows to calibrate on, and others of the same text to check a prediction on (None where none are left)."""
-    length = min(options.calibration_len, checkpoint.spec.max_positions)
-    ids = tokenize(source, text)
-    return choose_windows(ids, options.calibration_windows, length, options.seed)
 
 
 def _expected(

@@ -232,9 +232,8 @@ class SPQConfig(BaseModel):
 
     @property
     def uses_moments(self) -> bool:
-        """Whether the inputs of any matrix have to be measured; of down_proj alone where neurons are dropped."""
-        dropping = self.uses_pruning and (self.prune_score == "energy" or self.compensation != "none")
-        return self.uses_all_moments or dropping
+        """Whether matrices are stored by their inputs: all of them, or down_proj to make up for dropped neurons."""
+        return self.uses_all_moments or (self.uses_pruning and self.compensation != "none")
 
     @property
     def uses_text(self) -> bool:

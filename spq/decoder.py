@@ -28,6 +28,7 @@ INPUTS: dict[InputName, str] = {  # a matrix that reads each input; q, k, v shar
     "mlp": "mlp.gate_proj",
     "down": "mlp.down_proj",
 }
+ALL_INPUTS: tuple[InputName, ...] = tuple(INPUTS)
 
 
 @dataclass(slots=True)

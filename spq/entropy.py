@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import zstandard
@@ -44,9 +45,7 @@ class CodedTensor:
 
 def row_blocks(shape: Sequence[int]) -> int:
     """Decoded bytes of a block of a tensor of one-byte integers: whole rows where at least one fits."""
-    row = 1
-    for size in shape[1:]:
-        row *= size
+    row = prod(shape[1:])
     return BLOCK_BYTES if len(shape) < 2 or not 0 < row <= BLOCK_BYTES else BLOCK_BYTES // row * row
 
 

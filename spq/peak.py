@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from spq.architecture import ModelSpec
 from spq.config import SPQConfig
-from spq.decoder import MICRO_BATCH_TOKENS, InputName
+from spq.decoder import ALL_INPUTS, INPUTS, MICRO_BATCH_TOKENS, InputName
 from spq.layout import num_parameters
 from spq.prune import kept_width
 from spq.quantize import CHUNK_ELEMENTS
@@ -20,7 +20,6 @@ from spq.sensitivity import BATCH_TOKENS, PROBE_TOKENS
 
 FLOAT, WIDE = 4, 8  # bytes of float32 and float64
 USUAL_CUT = 0.3  # of the neurons, by a budget: what it will be is not known before
-ALL: tuple[InputName, ...] = ("attention", "o", "mlp", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,8 @@ class Peak:
         """SVD and activations of a layer, or the survey and the sensitivities of a budget."""
         options = self.options
         if options.has_budget:
-            survey = self._states() + self._layer() + self._moments(ALL)
-            return max(survey + max(self._running(ALL), self._surveying()), self._probing())
+            survey = self._states() + self._layer() + self._moments(ALL_INPUTS)
+            return max(survey + max(self._running(ALL_INPUTS), self._surveying()), self._probing())
         if not options.uses_svd and not options.uses_pruning:
             return 0
         need = self._layer() + (self._attention() if options.uses_svd else 0)
@@ -65,7 +64,7 @@ class Peak:
         options = self.options
         if not options.uses_moments or self.windows is None:
             return self._layer() + self._rounding()
-        names = ALL if options.uses_all_moments else ("down",)
+        names = ALL_INPUTS if options.uses_all_moments else ("down",)
         before = self._states() + self._running(names)  # states are copied for it
         after = self._layer() + max(self._rounding(), self._refitting(), self._running(()))
         return self._layer() + self._states() + self._moments(names) + max(before, after)
@@ -93,9 +92,7 @@ class Peak:
         return sum(WIDE * self._inputs(name) ** 2 for name in names)
 
     def _inputs(self, name: InputName) -> int:
-        spec = self.spec
-        widths = {"o": spec.num_heads * spec.head_dim, "down": spec.intermediate_size}
-        return widths.get(name, spec.hidden_size)
+        return self.spec.linear_shapes()[INPUTS[name]][1]
 
     def _running(self, names: tuple[InputName, ...]) -> int:
         """B tokens through a layer: residual, norm and three of the MLP's width; or rows taken into a moment, whose
@@ -123,7 +120,7 @@ class Peak:
         size = rows * columns
         if not self.options.feedback:
             return 2 * FLOAT * min(size, CHUNK_ELEMENTS) + size
-        n = max(self._inputs(name) for name in ALL)
+        n = max(self._inputs(name) for name in ALL_INPUTS)
         return max(3 * WIDE * n * n + FLOAT * size, 6 * FLOAT * size)
 
     def _refitting(self) -> int:

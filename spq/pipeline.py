@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
-from spq.apply import INPUT_OF, Applier, Factors
+from spq.apply import INPUT_OF, Applier, Factors, readers
 from spq.architecture import MLP
 from spq.config import SPQConfig
-from spq.decoder import INPUTS, InputName, LayerRunner
+from spq.decoder import ALL_INPUTS, InputName, LayerRunner
 from spq.errors import OptionError
-from spq.layout import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_vectors, linear_path, module_has_bias
+from spq.layout import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_vectors, module_has_bias
 from spq.manifest import ModulePlan
 from spq.moments import Moments
 from spq.progress import StageClock
@@ -92,7 +92,7 @@ class Pipeline:
     def _wanted(self, layer: int) -> tuple[InputName, ...]:
         """The inputs whose moments the matrices of a layer are stored by."""
         if self.options.uses_all_moments:
-            return tuple(INPUTS)
+            return ALL_INPUTS
         dropped = self.decision.widths[layer] < self.source.spec.intermediate_size
         return ("down",) if dropped and self.options.compensation != "none" else ()
 
@@ -106,7 +106,7 @@ class Pipeline:
         scales: dict[InputName, Tensor] = {}
         squeezed: dict[InputName, Candidate] = {}
         if moments is not None and self.options.coding_loss > 0:
-            squeezed = {name: self._squeeze(layer, name, state, moments[name]) for name in INPUTS}
+            squeezed = {name: self._squeeze(layer, name, state, moments[name]) for name in ALL_INPUTS}
         if moments is not None and (self.options.scaling_alpha > 0 or squeezed):
             alphas = {name: found.alpha for name, found in squeezed.items()}
             scales = self._scale(state, moments, alphas)
@@ -154,8 +154,7 @@ class Pipeline:
     def _squeeze(self, layer: int, name: InputName, state: dict[str, Tensor], inputs: Moments) -> Candidate:
         """How far the matrices that read an input are scaled and pruned; neurons that are dropped count here still."""
         prefix = self.source.spec.layer_prefix(layer)
-        paths = [linear_path(local) for local, read in INPUT_OF.items() if read == name]
-        weights = {f"{prefix}.{path}": state[f"{path}.weight"] for path in paths}
+        weights = {f"{prefix}.{path}": state[f"{path}.weight"] for path in readers(name)}
 
         def rounded(module: str, weight: Tensor) -> Int8Weight | Int4Weight:
             return self.applier.nearest(module, weight, self.decision.recipes[module].stored)
@@ -176,7 +175,7 @@ class Pipeline:
         for name, norm in NORMS.items():
             inputs = moments[name]
             scale = channel_scales(inputs.peak, alphas.get(name, self.options.scaling_alpha)).to(self.source.device)
-            paths = [f"{linear_path(local)}.weight" for local, read in INPUT_OF.items() if read == name]
+            paths = [f"{path}.weight" for path in readers(name)]
             folded, weights = fold(state[f"{norm}.weight"], [state[path] for path in paths], scale)
             state |= {f"{norm}.weight": folded, **dict(zip(paths, weights, strict=True))}
             inputs.second.div_(scale.double().outer(scale.double()))

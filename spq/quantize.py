@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from kernels.weights import Int8Weight
+from spq.architecture import ATTENTION, MLP
 from spq.config import Granularity
 
 LEVELS = 127
 MIN_ROW_SCALE = 1e-6  # floors of the released code, kept so that zero rows divide by something
 MIN_TENSOR_MAX = 5e-7
 CHUNK_ELEMENTS = 1 << 24  # rows are quantized in pieces of 64 MiB of float32
-
-ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def row_scales(weight: Tensor, per_channel: bool) -> Tensor:
@@ -97,8 +95,8 @@ class GranularityRule:
         if self.granularity != "mix_name":
             return rows >= self.threshold
         names = module.split(".")
-        if any(name in MLP_NAMES for name in names):
+        if any(name in MLP for name in names):
             return True
-        if any(name in ATTENTION_NAMES for name in names) or names[-1] == "lm_head":
+        if any(name in ATTENTION for name in names) or names[-1] == "lm_head":
             return False
         return rows * columns > 1_000_000 or rows >= 1024

@@ -44,9 +44,10 @@ def squeeze(
     rounded: how a matrix becomes integers; scaled: whether a norm in front can take 1 / s. Of each alpha the largest
     share within the budget is found by bisection: error grows and bytes shrink with it. Raises OptionError as `choose`.
     """
+    energies = [output_energy(weight, second) for weight in weights.values()]
     found: list[Candidate] = []
     for alpha in ALPHAS if scaled else ALPHAS[:1]:
-        trial = _Trial(weights, second, peak, rounded, alpha)
+        trial = _Trial(weights, energies, second, peak, rounded, alpha)
         found.append(trial.at(FRACTIONS[0]))
         low, high = 0, len(FRACTIONS) - 1 if found[-1].loss <= budget else 0
         while low < high:
@@ -64,12 +65,12 @@ class _Trial:
     """Matrices rounded at one alpha."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], second: Tensor, peak: Tensor, rounded: Rounding, alpha: float
-    ) -> None:
-        self._weights, self._second, self._alpha = list(weights.values()), second, alpha
+        self, weights: Mapping[str, Tensor], energies: Sequence[float], second: Tensor, peak: Tensor,
+        rounded: Rounding, alpha: float,
+    ) -> None:  # fmt: skip
+        self._weights, self._energies, self._second, self._alpha = list(weights.values()), energies, second, alpha
         self._scales = channel_scales(peak, alpha).to(second.device)
         self._peak = peak.cpu() / self._scales.cpu()
-        self._energies = [output_energy(weight, second) for weight in self._weights]
         self._leaves = [rounded(name, weight * self._scales) for name, weight in weights.items()]
 
     def at(self, fraction: float) -> Candidate:

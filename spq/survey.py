@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from spq.apply import INPUT_OF, Applier
-from spq.architecture import ATTENTION
 from spq.config import SPQConfig
-from spq.decoder import INPUTS, InputName, LayerRunner
+from spq.decoder import ALL_INPUTS, LayerRunner
 from spq.errors import ModelFileError
 from spq.layout import EMBEDDING, HEAD, layer_linears
 from spq.moments import Moments, output_energy
@@ -31,7 +30,6 @@ SURVEY_WEIGHT = 6.0  # a layer's share of time, see `rules`
 MOST_RANKS = 12  # tried per matrix, evenly spread
 WIDTH_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 INT8, INT4 = Recipe("int8"), Recipe("int4")
-ALL_INPUTS: tuple[InputName, ...] = tuple(INPUTS)
 
 
 @dataclass(slots=True)
@@ -149,11 +147,6 @@ class Surveyor:
                 errors[width] = max(0.0, error) / energy
         found.scores.append(scores.cpu())
         found.widths.append(errors)
-
-
-def attention_matrices(prefix: str) -> list[str]:
-    """Full names of the attention matrices of a layer."""
-    return [f"{prefix}.self_attn.{local}" for local in ATTENTION]
 
 
 def _tails(energy: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,8 @@ def _info(name: str, path: Path, entry: Any, data_start: int) -> TensorInfo:
         start, end = (int(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: header entry of {name} is not readable ({error})") from error
-    count = 1
-    for n in shape:
-        count *= n
     known = DTYPES.get(dtype)
-    if start < 0 or end < start or (known is not None and end - start != count * known.itemsize):
+    if start < 0 or end < start or (known is not None and end - start != prod(shape) * known.itemsize):
         raise ModelFileError(f"{path}: {name} is {dtype} {list(shape)} but has {end - start} bytes in the header")
     return TensorInfo(name, path, dtype, shape, data_start + start, data_start + end)
 
