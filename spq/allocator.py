@@ -1,4 +1,4 @@
-"""Large blocks of memory that go back to the system when they are freed, while a model is loaded.
+"""Memory that goes back to the system when it is freed: large blocks while a model is loaded, the rest when asked for.
 
 glibc takes blocks of up to 32 MiB from its heap once one of that size was freed, and matrices that were read, laid out,
 then dropped leave holes there: an int8 model of 299 MiB took 552 MiB to load, and 332 MiB where they are mapped alone.
@@ -30,3 +30,14 @@ def mapped_blocks() -> Iterator[None]:
     finally:
         mallopt(MMAP_THRESHOLD, RUNNING_BYTES)
         mallopt(TRIM_THRESHOLD, 2 * RUNNING_BYTES)
+
+
+def release_freed() -> None:
+    """Give blocks that were freed back, where the C library can (glibc).
+
+    It keeps freed blocks of up to 32 MiB for later ones. Loading and the warm-up free many of sizes that serving never
+    asks for again: 88 MiB of a model of 110 M parameters, beside 105 MiB of weights. Takes a millisecond or two.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

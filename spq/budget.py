@@ -1,30 +1,39 @@
 """Deciding by a budget: measured errors times measured sensitivities, chosen by the knapsack.
 
 Not the rules of the papers (`rules`). Parts are the embedding, an untied head, each attention matrix, and each MLP,
-whose three matrices share a width. The prediction is the sum of the parts' losses; `compress` measures what came of it.
+whose three matrices share a width. The prediction is the sum of the parts' losses; `run` measures what came of it, for
+the choice from everything and for those from less, whose predictions are surer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from spq.allocate import Option, choose, pareto, total_bytes, total_loss
+from spq.allocator import mapped_blocks, release_freed
 from spq.apply import Applier
-from spq.architecture import ATTENTION, MLP
+from spq.architecture import ATTENTION, MLP, ModelSpec
 from spq.config import SPQConfig
 from spq.errors import OptionError
 from spq.layout import EMBEDDING, HEAD, layer_linears, linear_path, model_vectors, module_has_bias
 from spq.progress import StageClock
-from spq.recipe import Decision, Storage
+from spq.recipe import Decision, Recipe, Storage
 from spq.sensitivity import PROBE_TOKENS, measure
 from spq.source import Source
-from spq.survey import INT4, SURVEY_WEIGHT, MatrixSurvey, ModelSurvey, Surveyor
+from spq.survey import INT4, SURVEY_WEIGHT, ModelSurvey, Surveyor
 
 SENSITIVITY_WEIGHT = 6.0  # a layer's share of time, see `rules`
+
+
+Allowed = Callable[[Recipe, bool], bool]  # of a recipe, and of a narrower MLP
+ASSORTMENTS: dict[str, Allowed] = {  # what may be bought; errors are least sure where most is dropped
+    "everything": lambda recipe, narrower: True,
+    "whole MLPs": lambda recipe, narrower: not narrower,
+    "bits alone": lambda recipe, narrower: not narrower and recipe.rank is None and not recipe.correction,
+}
 
 
 @dataclass(slots=True)
@@ -36,13 +45,17 @@ class Market:
     widths: list[int]  # unpruned
     scores: list[Tensor]
 
+    def fits(self, budget: int) -> bool:
+        """Whether the smallest of everything is within `budget` bytes."""
+        return self._least() <= budget
+
     def decide(self, budget: int) -> Decision:
         """The best choice within `budget` bytes. Raises OptionError where nothing fits."""
         chosen = choose(self.parts, budget - self.fixed_bytes)
         if chosen is None:
-            least = sum(pareto(part)[0].nbytes for part in self.parts) + self.fixed_bytes
             raise OptionError(
-                f"a budget of {budget} bytes is below the smallest this model can be made, {least} bytes; raise it"
+                f"a budget of {budget} bytes is below the smallest this model can be made, {self._least()} bytes; "
+                "raise it"
             )
         decision = Decision({}, list(self.widths), self.scores, predicted_nll=total_loss(chosen))
         for option in chosen:
@@ -74,27 +87,21 @@ class Market:
                 low = middle
         return best
 
+    def _least(self) -> int:
+        return sum(pareto(part)[0].nbytes for part in self.parts) + self.fixed_bytes
 
-def open_market(
+
+def open_markets(
     source: Source, options: SPQConfig, applier: Applier, storage: Storage, windows: Tensor, clock: StageClock
-) -> Market:
-    """Survey the model and measure its sensitivities on windows int64 [count, len]."""
-    survey = Surveyor(source, options, applier, clock).run(windows)
+) -> dict[str, Market]:
+    """Survey the model and measure its sensitivities on windows int64 [count, len]; a market by each of ASSORTMENTS."""
+    with mapped_blocks():
+        survey = Surveyor(source, options, applier, clock).run(windows)
     probe = windows[: max(1, PROBE_TOKENS // windows.shape[1])]
     coefficients = _coefficients(source, options, survey, probe, clock)
-    spec = source.spec
-    parts = [
-        _matrix_options(name, survey.matrices[name], coefficients[name], storage)
-        for name in ([EMBEDDING] if spec.tied else [EMBEDDING, HEAD])
-    ]
-    for layer in range(spec.num_layers):
-        prefix = spec.layer_prefix(layer)
-        parts += [
-            _matrix_options(name, survey.matrices[name], coefficients[name], storage)
-            for name in (f"{prefix}.{linear_path(local)}" for local in ATTENTION)
-        ]
-        parts.append(_mlp_options(layer, prefix, survey, coefficients, storage))
-    return Market(parts, _fixed_bytes(source), [spec.intermediate_size] * spec.num_layers, survey.scores)
+    widths, fixed = [source.spec.intermediate_size] * source.spec.num_layers, _fixed_bytes(source)
+    shop = Shop(source.spec, survey, coefficients, storage)
+    return {name: Market(shop.parts(allowed), fixed, widths, survey.scores) for name, allowed in ASSORTMENTS.items()}
 
 
 def market_weight() -> float:
@@ -110,6 +117,7 @@ def _coefficients(
     layers = source.spec.num_layers
     with clock.stage("sensitivity", 0, SENSITIVITY_WEIGHT * layers):
         rises = measure(source, probe, variances, options.seed)
+    release_freed()
     found = {}
     for name, rise in rises.items():
         error = survey.matrices[name].errors[INT4]
@@ -117,44 +125,62 @@ def _coefficients(
     return found
 
 
-def _matrix_options(
-    name: str, matrix: MatrixSurvey, coefficient: float, storage: Storage, shape: tuple[int, int] | None = None
-) -> list[Option]:
-    """What may be done with a matrix, of `shape` where neurons were dropped."""
-    rows, columns = matrix.shape if shape is None else shape
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """Turns measured errors into options with a price and a loss."""
+
+    spec: ModelSpec
+    survey: ModelSurvey
+    coefficients: dict[str, float]
+    storage: Storage
+
+    def parts(self, allowed: Allowed) -> list[list[Option]]:
+        """The options of every part that are `allowed`."""
+        spec = self.spec
+        found = [self._matrix(name, allowed) for name in ([EMBEDDING] if spec.tied else [EMBEDDING, HEAD])]
+        for layer in range(spec.num_layers):
+            prefix = spec.layer_prefix(layer)
+            found += [self._matrix(f"{prefix}.{linear_path(local)}", allowed) for local in ATTENTION]
+            found.append(self._mlp(layer, prefix, allowed))
+        return found
+
+    def _matrix(self, name: str, allowed: Allowed, shape: tuple[int, int] | None = None) -> list[Option]:
+        """What may be done with a matrix, of `shape` where neurons were dropped."""
+        matrix, coefficient = self.survey.matrices[name], self.coefficients[name]
+        rows, columns = matrix.shape if shape is None else shape
+        return pareto(
+            [
+                Option(self.storage.nbytes(recipe, (rows, columns)), coefficient * error, {name: recipe})
+                for recipe, error in matrix.errors.items()
+                if max(recipe.rank or 0, recipe.correction) < min(rows, columns)
+                and allowed(recipe, (rows, columns) != matrix.shape)
+            ]
+        )
+
+    def _mlp(self, layer: int, prefix: str, allowed: Allowed) -> list[Option]:
+        """Widths times what may be done with the three matrices of that width."""
+        names = [f"{prefix}.{linear_path(local)}" for local in MLP]
+        rows, hidden = self.survey.matrices[names[0]].shape
+        found: list[Option] = []
+        for width, lost in ({rows: 0.0} | self.survey.widths[layer]).items():
+            gate, up, down = (
+                self._matrix(name, allowed, shape)
+                for name, shape in zip(names, [(width, hidden), (width, hidden), (hidden, width)], strict=True)
+            )
+            pruned = self.coefficients[names[2]] * lost
+            found += _both(_both(gate, up), [replace(o, loss=o.loss + pruned, width=(layer, width)) for o in down])
+        return pareto(found)
+
+
+def _both(first: list[Option], second: list[Option]) -> list[Option]:
+    """The front of one of each; fronts of fronts lose nothing, since bytes and losses add up."""
     return pareto(
         [
-            Option(storage.nbytes(recipe, (rows, columns)), coefficient * error, {name: recipe})
-            for recipe, error in matrix.errors.items()
-            if max(recipe.rank or 0, recipe.correction) < min(rows, columns)
+            Option(a.nbytes + b.nbytes, a.loss + b.loss, {**a.recipes, **b.recipes}, b.width)
+            for a in first
+            for b in second
         ]
     )
-
-
-def _mlp_options(
-    layer: int, prefix: str, survey: ModelSurvey, coefficients: dict[str, float], storage: Storage
-) -> list[Option]:
-    """Widths times what may be done with the three matrices of that width."""
-    names = [f"{prefix}.{linear_path(local)}" for local in MLP]
-    rows, hidden = survey.matrices[names[0]].shape
-    errors = {rows: 0.0} | survey.widths[layer]
-    found: list[Option] = []
-    for width, lost in errors.items():
-        shapes = [(width, hidden), (width, hidden), (hidden, width)]
-        fronts = [
-            _matrix_options(name, survey.matrices[name], coefficients[name], storage, shape)
-            for name, shape in zip(names, shapes, strict=True)
-        ]
-        pruned = coefficients[names[2]] * lost
-        found += pareto(list(_combined(fronts, pruned, (layer, width))))
-    return pareto(found)
-
-
-def _combined(fronts: list[list[Option]], loss: float, width: tuple[int, int]) -> Iterable[Option]:
-    for gate, up, down in product(*fronts):
-        three = (gate, up, down)
-        recipes = {name: recipe for option in three for name, recipe in option.recipes.items()}
-        yield Option(total_bytes(three), total_loss(three) + loss, recipes, width)
 
 
 def _fixed_bytes(source: Source) -> int:

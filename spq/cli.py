@@ -263,9 +263,11 @@ def describe_prediction(found: PredictionReport) -> str:
     if found.base is None or found.predicted is None or found.measured is None:
         return f"the loss rises by {found.rise:.5f} nats; not checked: the calibration text has no windows left"
     weak = "; the prediction is weak: trust the measurement" if found.weak else ""
+    tried = ", ".join(f"{name} {kl:.5f}" for name, kl in found.tried.items())
     return (
         f"perplexity {found.base:.3f} -> {found.predicted:.3f}, measured {found.measured:.3f} on {found.num_tokens} "
         f"tokens of the calibration text that nothing was fitted to{weak}"
+        + (f"\nchosen by KL in nats per token: {tried}" if len(found.tried) > 1 else "")
     )
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spq.allocator import mapped_blocks
 from spq.budget import market_weight
 from spq.cache import source_hash
 from spq.calibrate import choose_windows, text_hash, tokenize
@@ -89,8 +88,7 @@ def compress(
         raise OutputError(f"{temporary}: cannot be made ({error}); choose another output folder") from error
     run = Run(Source(source, checkpoint, device), options, windows, spare, clock, max_shard_bytes, lesson)
     try:
-        with mapped_blocks():
-            written = run.make(temporary)
+        written = run.make(temporary)
         report = _report(run, written, memory, calibration_text)
         report.save(temporary)
         made = temporary

@@ -108,16 +108,6 @@ def choose_window(window: int | None, context: int) -> int:
     return length
 
 
-def nll_of_windows(folder: Path, windows: Tensor, device: torch.device) -> float:
-    """Mean negative log likelihood in nats per token of a plain or packed folder, float32, on windows [count, len]."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    model = model.to(device).eval()
-    found = perplexity(
-        lambda batch: model(batch.to(device), use_cache=False).logits, windows.flatten(), windows.shape[1]
-    )
-    return found.nll
-
-
 def evaluate_folder(
     folder: Path,
     text: str,

@@ -16,9 +16,12 @@ from spq.layout import num_parameters
 from spq.prune import kept_width
 from spq.quantize import CHUNK_ELEMENTS
 from spq.recover import PIECE_TOKENS
+from spq.scoring import BATCH_TOKENS as MODEL_TOKENS
+from spq.scoring import SLICE_BYTES
 from spq.sensitivity import BATCH_TOKENS, PROBE_TOKENS
 
 FLOAT, WIDE = 4, 8  # bytes of float32 and float64
+MODEL_CLASSES = 60 << 20  # of transformers, once imported; measured on x86-64, transformers 5.23
 USUAL_CUT = 0.3  # of the neurons, by a budget: what it will be is not known before
 
 
@@ -33,7 +36,8 @@ class Peak:
 
     def nbytes(self) -> int:
         """Of the stage that needs most."""
-        return max(self.table(), self.deciding(), self.writing(), self.training())
+        held = MODEL_CLASSES + self._kept() if self.options.has_budget else 0
+        return max(self.table(), self.deciding(), held + self.writing(), self.training())
 
     def table(self) -> int:
         """The embedding rounded: its integers, and a piece of it in float32, twice."""
@@ -41,11 +45,11 @@ class Peak:
         return size * (1 if self.options.quantize_embedding else self.itemsize) + 2 * FLOAT * min(size, CHUNK_ELEMENTS)
 
     def deciding(self) -> int:
-        """SVD and activations of a layer, or the survey and the sensitivities of a budget."""
+        """SVD and activations of a layer, or the survey, the sensitivities and the check of a budget."""
         options = self.options
         if options.has_budget:
             survey = self._states() + self._layer() + self._moments(ALL_INPUTS)
-            return max(survey + max(self._running(ALL_INPUTS), self._surveying()), self._probing())
+            return max(survey + max(self._running(ALL_INPUTS), self._surveying()), self._probing(), self._verifying())
         if not options.uses_svd and not options.uses_pruning:
             return 0
         need = self._layer() + (self._attention() if options.uses_svd else 0)
@@ -149,3 +153,16 @@ class Peak:
         kept = FLOAT * tokens * ((spec.num_layers + 2) * spec.hidden_size + spec.vocab_size)
         noise = FLOAT * max(3 * table, 5 * BATCH_TOKENS * spec.vocab_size)
         return FLOAT * num_parameters(spec) + kept + noise
+
+    def _verifying(self) -> int:
+        """The model in float32 on the spare windows, with a batch on its way, and slices of logits of two models with
+        their logarithms."""
+        spec = self.spec
+        count, length = self.windows or (0, 0)
+        through = FLOAT * min(count * length, MODEL_TOKENS) * (4 * spec.hidden_size + 3 * spec.intermediate_size)
+        return MODEL_CLASSES + FLOAT * num_parameters(spec) + self._kept() + max(through, 6 * SLICE_BYTES)
+
+    def _kept(self) -> int:
+        """What the original says on the spare windows: hidden states and its head."""
+        count, length = self.windows or (0, 0)
+        return FLOAT * (count * length + self.spec.vocab_size) * self.spec.hidden_size

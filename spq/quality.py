@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from spq.errors import OptionError
 from spq.evaluate import Perplexity, perplexity_of
-from spq.scoring import LocalModel
+from spq.scoring import KeptLogits, LocalModel
 
 COMPOSITE_NAME = "spq-composite (our reading)"
 COMPOSITE_FORMULA = "Sr * (sqrt(s) + log2(16 / q) / 4) / 2, s: share of weights not stored, q: bits per stored weight"
@@ -59,7 +59,7 @@ def composite(retention: float, sparsity: float, bits: float) -> float:
 
 
 @torch.inference_mode()
-def predict(model: LocalModel, windows: Tensor) -> tuple[float, Tensor]:
+def predict(model: LocalModel | KeptLogits, windows: Tensor) -> tuple[float, Tensor]:
     """Summed negative log likelihood (nats) of windows [count, window], and the most likely next token after each
     token but the last, int64 [count, window - 1]."""
     nll = torch.zeros((), dtype=torch.float64)
@@ -70,14 +70,14 @@ def predict(model: LocalModel, windows: Tensor) -> tuple[float, Tensor]:
     return float(nll), torch.cat(best).view(windows.shape[0], windows.shape[1] - 1)
 
 
-def measure(model: LocalModel, windows: Tensor, *, bos: bool = False) -> Quality:
+def measure(model: LocalModel | KeptLogits, windows: Tensor, *, bos: bool = False) -> Quality:
     """Perplexity alone, on windows int64 [count, window]."""
     nll, _ = predict(model, windows)
     return Quality(perplexity_of(nll, windows, bos))
 
 
 @torch.inference_mode()
-def compare(model: LocalModel, original: LocalModel, windows: Tensor, *, bos: bool = False) -> Quality:
+def compare(model: LocalModel, original: LocalModel | KeptLogits, windows: Tensor, *, bos: bool = False) -> Quality:
     """All measures of `model` against `original`, both held at once, streamed over windows int64 [count, window].
 
     Raises OptionError where their vocabularies differ.

@@ -85,3 +85,8 @@ class Decision:
         """The same ranks and widths, nothing rounded and so nothing to correct."""
         recipes = {module: Recipe("dense", recipe.rank) for module, recipe in self.recipes.items()}
         return replace(self, recipes=recipes)
+
+
+def same(first: Decision, second: Decision) -> bool:
+    """Whether two decisions make the same model."""
+    return first.recipes == second.recipes and first.widths == second.widths

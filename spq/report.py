@@ -54,8 +54,10 @@ class PredictionReport(BaseModel):
     base: float | None = None  # perplexity of the original; None where no windows were left to measure on
     predicted: float | None = None  # perplexity
     measured: float | None = None
+    kl: float | None = None  # KL(original || compressed), nats per token, measured
     num_tokens: int = 0
     weak: bool = False  # predicted and measured differ by more than 5 %
+    tried: dict[str, float] = {}  # measured KL by what could be bought; the lowest was kept
 
 
 class RecoveryReport(BaseModel):

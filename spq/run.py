@@ -13,28 +13,29 @@ from pathlib import Path
 
 from torch import Tensor
 
+from spq.allocator import mapped_blocks
 from spq.apply import Applier
-from spq.budget import Market, open_market
+from spq.budget import ASSORTMENTS, Market, open_markets
 from spq.checkpoint import open_model, read_config
 from spq.config import SPQConfig
 from spq.errors import OptionError
-from spq.evaluate import nll_of_windows
 from spq.layout import layer_linears, num_parameters
 from spq.manifest import Manifest
 from spq.pipeline import WRITE_WEIGHT, FactorsOf, Pipeline
 from spq.progress import StageClock
 from spq.quantize import GranularityRule
-from spq.recipe import Decision, Storage
+from spq.recipe import Decision, Storage, same
 from spq.recover import STEP_WEIGHT, Lesson, train
 from spq.recovered import Recovered
 from spq.report import MatrixReport, PredictionReport, RecoveryReport
 from spq.rules import Rules
 from spq.source import Source
 from spq.tensorfile import DTYPES
+from spq.verify import Verifier
 from spq.writer import TensorWriter, copy_companions
 
 ATTEMPTS = 4  # to reach a perplexity; each but the last corrects the prediction by what was measured
-WEAK = 0.05  # a prediction further off than this share of the perplexity is called weak
+EVERYTHING = next(iter(ASSORTMENTS))
 
 
 @dataclass(slots=True)
@@ -65,7 +66,9 @@ class Run:
     def weight(options: SPQConfig, num_layers: int) -> float:
         """Share of the time that writing and training take, for `StageClock`."""
         written = num_layers * WRITE_WEIGHT + WRITE_WEIGHT
-        return written if not options.recover_steps else 2 * written + options.recover_steps * STEP_WEIGHT
+        if options.recover_steps:
+            return 2 * written + options.recover_steps * STEP_WEIGHT
+        return written * (len(ASSORTMENTS) if options.has_budget else 1)
 
     def make(self, folder: Path) -> Written:
         """Fill the empty `folder` with a packed model. Raises SpqError."""
@@ -73,20 +76,46 @@ class Run:
         if not self.options.has_budget:
             return self._by_rules(folder)
         assert self.windows is not None
-        market = open_market(self.source, self.options, self._applier(), self._storage(), self.windows, self.clock)
+        markets = open_markets(self.source, self.options, self._applier(), self._storage(), self.windows, self.clock)
         if self.options.target_perplexity is not None:
-            return self._to_perplexity(folder, market, self.options.target_perplexity)
-        written = self._write(folder, market.decide(self._budget()))
-        if self.spare is not None and written.prediction is not None:
-            written.prediction = self._check(folder, written.prediction, self._nll(self.source.folder))
-        return written
+            return self._to_perplexity(folder, markets[EVERYTHING], self.options.target_perplexity)
+        return self._best(folder, markets, self._budget())
 
     def _by_rules(self, folder: Path) -> Written:
         spool = folder / "spool"
         spool.mkdir()
         rules = Rules(self.source, self.options, self.windows, spool, self.clock)
-        written = self._write(folder, rules.decide(), rules.factors)
+        with mapped_blocks():
+            decision = rules.decide()
+        written = self._write(folder, decision, rules.factors)
         shutil.rmtree(spool)
+        return written
+
+    def _best(self, folder: Path, markets: dict[str, Market], budget: int) -> Written:
+        """The choices within `budget` bytes, each written and measured on the spare windows; the nearest stays.
+
+        With training, or nothing to measure on, it is the choice from everything.
+        """
+        first = markets[EVERYTHING].decide(budget)
+        if self.spare is None:
+            return self._write(folder, first)
+        if self.lesson is not None:
+            return self._checked(folder, first, self._verifier())
+        choices = {EVERYTHING: first}
+        for name, market in markets.items():
+            if market.fits(budget) and not any(same(market.decide(budget), other) for other in choices.values()):
+                choices[name] = market.decide(budget)
+        verifier = self._verifier()
+        tried: dict[str, float] = {}
+        for name, choice in choices.items():
+            written = self._checked(folder, choice, verifier)
+            assert written.prediction is not None and written.prediction.kl is not None
+            tried[name] = written.prediction.kl
+        best = min(tried, key=lambda name: tried[name])
+        if best != name:
+            written = self._checked(folder, choices[best], verifier)
+        assert written.prediction is not None
+        written.prediction = written.prediction.model_copy(update={"tried": tried})
         return written
 
     def _to_perplexity(self, folder: Path, market: Market, target: float) -> Written:
@@ -94,25 +123,35 @@ class Run:
         if self.spare is None:
             raise OptionError("target_perplexity needs text to measure it on, but no windows of the calibration text "
                               "are left; give a longer text or fewer calibration_windows")  # fmt: skip
-        base = self._nll(self.source.folder)
-        allowed = wanted = math.log(target) - base
+        verifier = self._verifier()
+        allowed = wanted = math.log(target / verifier.base)
         if wanted <= 0:
             raise OptionError(
-                f"target_perplexity {target} is not above that of the original, {math.exp(base):.4f}; raise it"
+                f"target_perplexity {target} is not above that of the original, {verifier.base:.4f}; raise it"
             )
         for _ in range(ATTEMPTS):
-            written = self._write(folder, market.decide_for_loss(allowed))
-            assert written.prediction is not None
-            written.prediction = self._check(folder, written.prediction, base)
-            assert written.prediction.measured is not None
-            risen = math.log(written.prediction.measured) - base
+            written = self._checked(folder, market.decide_for_loss(allowed), verifier)
+            assert written.prediction is not None and written.prediction.measured is not None
+            risen = math.log(written.prediction.measured / verifier.base)
             if risen <= wanted:
                 return written
             allowed *= 0.98 * wanted / risen
         raise OptionError(
-            f"target_perplexity {target} was not reached in {ATTEMPTS} attempts: {math.exp(base + risen):.4f} at "
-            f"{written.bytes_packed} bytes; raise it"
+            f"target_perplexity {target} was not reached in {ATTEMPTS} attempts: {verifier.base * math.exp(risen):.4f} "
+            f"at {written.bytes_packed} bytes; raise it"
         )
+
+    def _verifier(self) -> Verifier:
+        assert self.spare is not None
+        source = self.source
+        return Verifier.of(source.folder, self.spare, source.device, DTYPES[source.checkpoint.dtype])
+
+    def _checked(self, folder: Path, decision: Decision, verifier: Verifier) -> Written:
+        """Written, and measured."""
+        written = self._write(folder, decision)
+        assert decision.predicted_nll is not None
+        written.prediction = verifier.check(folder, decision.predicted_nll, trained=self.lesson is not None)
+        return written
 
     def _write(self, folder: Path, decision: Decision, factors: FactorsOf | None = None) -> Written:
         """Write what was decided; with recovery once in float, to be trained, and then what training made of it."""
@@ -153,7 +192,8 @@ class Run:
             clock=self.clock,
             factors=factors,
         )
-        pipeline.run()
+        with mapped_blocks():
+            pipeline.run()
         bytes_files = writer.finish()
         manifest = Manifest(options=self.options, modules=pipeline.plans, mlp_widths=tuple(decision.widths))
         config = read_config(self.source.folder) | {"quantization_config": manifest.dump()}
@@ -162,26 +202,6 @@ class Run:
         if decision.predicted_nll is not None:
             written.prediction = PredictionReport(rise=decision.predicted_nll)
         return written
-
-    def _check(self, folder: Path, found: PredictionReport, base: float) -> PredictionReport:
-        """The prediction beside what the folder measures on the spare windows; `base` is the original's loss there."""
-        assert self.spare is not None
-        after = math.exp(self._nll(folder))
-        predicted = math.exp(base + found.rise)
-        off = predicted / after - 1
-        return PredictionReport(
-            rise=found.rise,
-            base=math.exp(base),
-            predicted=predicted,
-            measured=after,
-            num_tokens=self.spare.numel() - len(self.spare),
-            weak=off < -WEAK or (off > WEAK and self.lesson is None),  # the prediction knows of no training
-        )
-
-    def _nll(self, folder: Path) -> float:
-        """Loss of a folder on the spare windows, nats per token."""
-        assert self.spare is not None
-        return nll_of_windows(folder, self.spare, self.source.device)
 
     def _budget(self) -> int:
         if self.options.budget is not None:

@@ -18,7 +18,7 @@ from spq.architecture import ModelSpec
 from spq.checkpoint import open_model
 from spq.errors import ModelFileError
 
-SLICE_BYTES = 64 << 20  # of float32 logits at a time
+SLICE_BYTES = 16 << 20  # of float32 logits at a time
 BATCH_TOKENS = 4096  # of windows run together
 
 
@@ -47,12 +47,11 @@ class LocalModel:
         """
         for batch in batches(windows):
             for part in torch.split(self._hidden(batch), self._rows):
-                yield self._head(part)
+                yield _apply(self.module.lm_head, part)
 
     def targets(self, windows: Tensor) -> Iterator[Tensor]:
         """The tokens int64 [rows] that the slices of `logits` predict."""
-        for batch in batches(windows):
-            yield from torch.split(batch[:, 1:].flatten(), self._rows)
+        return _targets(windows, self._rows)
 
     @torch.inference_mode()
     def _hidden(self, batch: Tensor) -> Tensor:
@@ -60,10 +59,36 @@ class LocalModel:
         hidden: Tensor = self.module.model(batch.to(self.device), use_cache=False).last_hidden_state
         return hidden[:, :-1].flatten(0, 1)
 
-    @torch.inference_mode()
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.module.lm_head(hidden)
-        return logits.float()
+
+class KeptLogits:
+    """What a model says on some windows, without its layers: its last hidden states there, and its head."""
+
+    def __init__(self, model: LocalModel, windows: Tensor) -> None:
+        """Run `model`, whose layers may go afterwards. `windows` int64 [count, window]."""
+        self.spec, self.folder = model.spec, model.folder
+        self._head, self._device, self._rows = model.module.lm_head, model.device, model._rows
+        self._hidden = [model._hidden(batch).cpu() for batch in batches(windows)]
+
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """As LocalModel, on the same windows."""
+        for hidden in self._hidden:
+            for part in torch.split(hidden, self._rows):
+                yield _apply(self._head, part.to(self._device))
+
+    def targets(self, windows: Tensor) -> Iterator[Tensor]:
+        """As LocalModel."""
+        return _targets(windows, self._rows)
+
+
+@torch.inference_mode()
+def _apply(head: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = head(hidden)
+    return logits.float()
+
+
+def _targets(windows: Tensor, rows: int) -> Iterator[Tensor]:
+    for batch in batches(windows):
+        yield from torch.split(batch[:, 1:].flatten(), rows)
 
 
 def batches(windows: Tensor) -> tuple[Tensor, ...]:

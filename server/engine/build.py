@@ -21,7 +21,7 @@ from server.engine.engine import Engine, ModelInfo
 from server.engine.kv_cache import allocate
 from server.engine.loop import EngineLoop, OnStep
 from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
-from server.engine.release import release_freed, release_libraries
+from server.engine.release import release_libraries
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
@@ -31,7 +31,7 @@ from server.model.load import WeightBytes, load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.ngram import NgramDrafter
 from server.scheduler.scheduler import Scheduler
-from spq.allocator import mapped_blocks
+from spq.allocator import mapped_blocks, release_freed
 from spq.checkpoint import open_model
 from spq.errors import OptionError
 from spq.sizes import format_bytes

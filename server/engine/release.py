@@ -1,7 +1,8 @@
-"""Gives memory back to the system that starting took and serving does not: freed blocks, and pages of libraries.
+"""Gives memory back to the system that starting took and serving does not: pages of libraries.
 
-Not the accounts (`server.engine.memory`). Nothing is lost: what is touched again comes back, from the kernel's cache of
-files in microseconds. For the CPU, where this memory is the model's too; on a GPU's host it makes no odds.
+Not the accounts (`server.engine.memory`), and not freed blocks (`spq.allocator`). What is touched again
+comes back, from the kernel's cache of files in microseconds. For the CPU, where this memory is the model's too; on a
+GPU's host it makes no odds.
 """
 
 from __future__ import annotations
@@ -10,17 +11,6 @@ import ctypes
 from pathlib import Path
 
 MADV_DONTNEED = 4  # madvise(2): the pages are given up; a file's are read again where they are touched
-
-
-def release_freed() -> None:
-    """Give blocks that were freed back, where the C library can (glibc).
-
-    It keeps freed blocks of up to 32 MiB for later ones. Loading and the warm-up free many of sizes that serving never
-    asks for again: 88 MiB of a model of 110 M parameters, beside 105 MiB of weights. Takes a millisecond or two.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def release_libraries() -> None:

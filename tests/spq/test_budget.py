@@ -8,13 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spq.calibrate import tokenize
+from spq.apply import Applier
+from spq.budget import ASSORTMENTS, open_markets
+from spq.calibrate import choose_windows, tokenize
+from spq.checkpoint import open_model
 from spq.compress import compress
 from spq.config import SPQConfig
 from spq.errors import OptionError
 from spq.manifest import ModulePlan
+from spq.progress import StageClock
+from spq.quality import compare
+from spq.quantize import GranularityRule
 from spq.recipe import Recipe, Storage
 from spq.report import Report
+from spq.scoring import KeptLogits, LocalModel
+from spq.source import Source
 
 CPU = torch.device("cpu")
 PROSE = (Path(__file__).resolve().parents[2] / "demo" / "calibration.txt").read_text("utf-8")[:60_000]
@@ -104,6 +112,46 @@ def test_a_prediction_comes_true_and_a_perplexity_is_reached(trained: Path, tmp_
     assert report.prediction.measured <= target and report.ratio < 0.5
     with pytest.raises(OptionError, match="is not above that of the original"):
         budgeted(trained, tmp_path / "never", PROSE, target_perplexity=found.base * 0.9, **how)
+
+
+def test_the_choice_that_measures_best_is_kept(trained: Path, tmp_path: Path) -> None:
+    report = budgeted(trained, tmp_path / "out", PROSE, ratio=0.33, calibration_windows=60, calibration_len=48)
+    found = report.prediction
+    assert found is not None and len(found.tried) > 1 and next(iter(found.tried)) == "everything"
+    assert found.kl == min(found.tried.values())
+    whole = report.num_pruned_neurons == 0
+    plain = report.num_low_rank == 0 and not any("correction" in str(m) for m in report.matrices.values())
+    kept = min(found.tried, key=lambda name: found.tried[name])
+    assert whole or kept == "everything"
+    assert plain or kept != "bits alone"
+    original = LocalModel(trained, CPU, torch.float32)
+    windows = torch.arange(96).view(2, 48) % original.spec.vocab_size
+    packed = LocalModel(tmp_path / "out", CPU, torch.float32)
+    assert compare(packed, KeptLogits(original, windows), windows) == compare(packed, original, windows)
+
+
+def test_assortments_leave_out_what_they_say(make_model: Callable[..., Path], text: str) -> None:
+    source = make_model()
+    options = SPQConfig.preset("budget", ratio=0.4, calibration_windows=4, calibration_len=16, group=16)
+    checkpoint = open_model(source)
+    windows, _ = choose_windows(tokenize(source, text), 4, 16, 0)
+    applier = Applier(options, GranularityRule.over("channel", [8]), torch.float16)
+    storage = Storage(group=16, symmetric=False, float_bytes=2)
+    clock = StageClock(1, 1.0, None)
+    markets = open_markets(Source(source, checkpoint, CPU), options, applier, storage, windows, clock)
+    assert list(markets) == list(ASSORTMENTS)
+    full = checkpoint.spec.intermediate_size
+    for name, market in markets.items():
+        offered = [option for part in market.parts for option in part]
+        recipes = [recipe for option in offered for recipe in option.recipes.values()]
+        narrower = any(option.width is not None and option.width[1] < full for option in offered)
+        assert narrower == (name == "everything")
+        assert any(recipe.rank is not None for recipe in recipes) == (name != "bits alone")
+    least = [min(part, key=lambda option: option.nbytes) for part in markets["bits alone"].parts]
+    budget = sum(option.nbytes for option in least) + markets["bits alone"].fixed_bytes
+    assert markets["bits alone"].fits(budget) and not markets["bits alone"].fits(budget - 1)
+    losses = [market.decide(budget).predicted_nll or 0.0 for market in markets.values()]
+    assert losses[0] == min(losses)
 
 
 def test_no_windows_left_is_said(make_model: Callable[..., Path], text: str, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from server.engine.release import release_freed, release_libraries, unchanged_mappings
+from server.engine.release import release_libraries, unchanged_mappings
+from spq.allocator import release_freed
 
 MIB = 2**20
 SMAPS = """\
