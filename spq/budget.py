@@ -8,7 +8,7 @@ the choice from everything and for those from less, whose predictions are surer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -89,6 +89,20 @@ class Market:
 
     def _least(self) -> int:
         return sum(pareto(part)[0].nbytes for part in self.parts) + self.fixed_bytes
+
+
+@dataclass(slots=True)
+class MarketCache:
+    """The markets of the run before: several budgets for one model, text and way of storing need one survey."""
+
+    key: str = ""
+    markets: dict[str, Market] = field(default_factory=dict)
+
+    def get(self, key: str, make: Callable[[], dict[str, Market]]) -> dict[str, Market]:
+        """Those of `key`, made where the last ones were of another."""
+        if key != self.key:
+            self.key, self.markets = key, make()
+        return self.markets
 
 
 def open_markets(

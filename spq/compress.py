@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spq.budget import market_weight
+from spq.budget import MarketCache, market_weight
 from spq.cache import source_hash
 from spq.calibrate import choose_windows, text_hash, tokenize
 from spq.checkpoint import Checkpoint, open_model
@@ -50,13 +50,15 @@ def compress(
     progress: Callable[[Progress], None] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    markets: MarketCache | None = None,
 ) -> Report:
     """Compress the plain checkpoint in `source` into a packed folder `out`; returns what is in its spq_report.json.
 
     Holds one decoder layer, moments of its inputs and the calibration states (windows x len x hidden float32) at a
     time; where options.has_budget or options.recover_steps, once the whole float model. The text is only used where
     options.uses_text. `recovery_text` is to be trained on; empty: the calibration text, without the windows that a
-    prediction is checked on. Raises SpqError: a damaged or unsupported source, weights that are not finite, a text
+    prediction is checked on. `markets`, given to several calls, spares budgets of one model all surveys but the first.
+    Raises SpqError: a damaged or unsupported source, weights that are not finite, a text
     that is too short, an `out` that exists (unless `overwrite`) or cannot be written, recovery without its extra.
     """
     remove_orphans(out)
@@ -87,6 +89,8 @@ def compress(
     except OSError as error:
         raise OutputError(f"{temporary}: cannot be made ({error}); choose another output folder") from error
     run = Run(Source(source, checkpoint, device), options, windows, spare, clock, max_shard_bytes, lesson)
+    if markets is not None:
+        run.cache = markets
     try:
         written = run.make(temporary)
         report = _report(run, written, memory, calibration_text)

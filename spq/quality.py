@@ -36,6 +36,7 @@ class Quality:
     base: Perplexity | None = None  # of the original, on the same windows
     top1: float | None = None
     kl: float | None = None
+    by_window: tuple[float, ...] = ()  # negative log likelihood of each window, nats per scored token
 
     @property
     def sr_ppl(self) -> float | None:
@@ -65,7 +66,7 @@ def predict(model: LocalModel | KeptLogits, windows: Tensor) -> tuple[float, Ten
     nll = torch.zeros((), dtype=torch.float64)
     best = []
     for logits, targets in zip(model.logits(windows), model.targets(windows), strict=True):
-        nll += _nll(logits, targets)
+        nll += _losses(logits, targets).sum()
         best.append(logits.argmax(-1).cpu())
     return float(nll), torch.cat(best).view(windows.shape[0], windows.shape[1] - 1)
 
@@ -87,14 +88,17 @@ def compare(model: LocalModel, original: LocalModel | KeptLogits, windows: Tenso
             f"{model.folder} has {model.spec.vocab_size} tokens, the reference {original.folder} "
             f"{original.spec.vocab_size}: not the same model; give its own original"
         )
-    nll, base_nll, divergence, agreed = (torch.zeros((), dtype=torch.float64) for _ in range(4))
+    base_nll, divergence, agreed = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    losses = []
     slices = zip(model.logits(windows), original.logits(windows), model.targets(windows), strict=True)
     for logits, base, targets in slices:
-        nll += _nll(logits, targets)
-        base_nll += _nll(base, targets)
+        losses.append(_losses(logits, targets))
+        base_nll += _losses(base, targets).sum()
         agreed += (logits.argmax(-1) == base.argmax(-1)).sum().cpu()
         found, wanted = functional.log_softmax(logits, -1), functional.log_softmax(base, -1)
         divergence += functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).double().sum().cpu()
+    by_window = torch.cat(losses).view(windows.shape[0], -1)
+    nll = by_window.sum()
     base_perplexity = perplexity_of(float(base_nll), windows, bos)
     scored = base_perplexity.num_tokens
     return Quality(
@@ -102,9 +106,10 @@ def compare(model: LocalModel, original: LocalModel | KeptLogits, windows: Tenso
         base_perplexity,
         float(agreed) / scored,
         max(float(divergence) / scored, 0.0),  # equal models can round to less than nothing
+        tuple(by_window.mean(1).tolist()),
     )
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed in float64, so that a long text does not lose its small terms."""
-    return functional.cross_entropy(logits, targets.to(logits.device), reduction="none").double().sum().cpu()
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """float64 [rows], so that a long text does not lose its small terms."""
+    return functional.cross_entropy(logits, targets.to(logits.device), reduction="none").double().cpu()

@@ -23,7 +23,7 @@ from spq.errors import ModelFileError, SpqError
 from spq.results_page import page
 from spq.rows import read_rows
 from spq.texts import EvaluationText, wikitext
-from spq.trials import Trials
+from spq.trials import TRAINED, Trials
 from spq.variants import Setting
 
 CHARACTERS_PER_TOKEN = 8  # more than any of these tokenizers makes of prose: what is beyond is not tokenized
@@ -87,7 +87,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> None:
             rows_file=rows_file(arguments.rows, case), max_tokens=arguments.max_tokens,
             threads=arguments.threads, speed=arguments.speed, on_row=on_row,
         )  # fmt: skip
-        trials.run([arguments.gptq / f"{case.name}-{bits}" for bits in (8, 4)] if arguments.gptq else [])
+        endings = [f"{bits}{trained}" for trained in ("", TRAINED) for bits in (8, 4)]
+        trials.run([arguments.gptq / f"{case.name}-{ending}" for ending in endings] if arguments.gptq else [])
 
 
 def beginning(text: EvaluationText, max_tokens: int | None) -> EvaluationText:

@@ -1,7 +1,6 @@
 """docs/results.md from measured rows: tables, and verdicts that are computed, not written.
 
-Not the measuring (`trials`). Rows are compared by the bytes of their files; a model is called at least as good where
-its perplexity is not above the rival's on the text in question, however small the difference.
+Not the measuring (`trials`) and not the comparing of two rows (`verdict`). Rows that were trained stand apart.
 """
 
 from __future__ import annotations
@@ -18,13 +17,17 @@ import transformers
 
 from spq.rows import Row
 from spq.trials import AT
-from spq.variants import BUDGET_BITS, DEFAULT, FLOAT16, INT8, Setting, budget_name
+from spq.variants import BUDGET_BITS, DEFAULT, FLOAT16, INT8, RECOVER_STEPS, RECOVERED, Setting, budget_name
+from spq.verdict import against_gptq
 
 MIB = 1 << 20
 WITHIN = 0.05  # what a prediction should keep to
 NUM_PARTS = 6  # families of `variants.parts`
 EQUAL = 0.01  # bytes that differ by less are called equal
-NO_GPTQ = "GPTQ: not run here, needs GPTQModel (benchmarks/README.md)."
+RECOVERY = (
+    "With LoRA recovery ({steps} steps of 2,048 tokens of the calibration text, [how](recovery.md)) beside the same "
+    "rows without. GPTQ starts from the original after the same steps."
+)
 HEAD = ("file KiB", "bits/weight", "resident KiB")
 
 
@@ -33,7 +36,14 @@ def page(models: Sequence[tuple[str, str, Setting, Sequence[Row]]], how: Mapping
     lines = _header(how)
     for name, calibrated_on, setting, rows in models:
         lines += [f"## {name}", "", _conditions(calibrated_on, setting, rows), ""]
-        lines += [*table(rows), "", *verdicts(rows), ""]
+        plain, trained = (
+            [r for r in rows if not r.name.endswith(RECOVERED)],
+            {r.name for r in rows if r.name.endswith(RECOVERED)},
+        )
+        lines += [*table(plain), "", *verdicts(plain), ""]
+        if trained:
+            pairs = [r for r in rows if r.name in trained or f"{r.name}{RECOVERED}" in trained]
+            lines += [RECOVERY.format(steps=RECOVER_STEPS), "", *table(pairs), ""]
     return "\n".join(lines)
 
 
@@ -68,42 +78,6 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         "",
         "**Predicted and measured (computed).** " + predictions(by_name),
     ]
-
-
-def against_gptq(rows: Mapping[str, Row]) -> str:
-    """At GPTQ's bytes, and the bytes at GPTQ's perplexity."""
-    rivals = [row for name, row in rows.items() if name.startswith("GPTQ ")]
-    if not rivals:
-        return NO_GPTQ
-    said = []
-    for rival in rivals:
-        ours = rows.get(f"SPQ budgeted{AT}{rival.name}")
-        if ours is None or not ours.texts:
-            said.append(f"{rival.name}: no budgeted model of its bytes is measured.")
-            continue
-        found = []
-        for text, theirs in rival.texts.items():
-            mine = ours.texts[text].perplexity
-            word = "at least as good" if mine <= theirs.perplexity else "**worse**"
-            found.append(f"{word} on {text} ({mine:.3f} to {theirs.perplexity:.3f})")
-        bytes_said = f"{(ours.file_bytes or 0) / 1024:.1f} to {(rival.file_bytes or 0) / 1024:.1f} KiB"
-        said.append(f"Budgeted SPQ at the bytes of {rival.name} ({bytes_said}): {', '.join(found)}.")
-        said.append(_bytes_at_quality(rival, rows))
-    return " ".join(said)
-
-
-def _bytes_at_quality(rival: Row, rows: Mapping[str, Row]) -> str:
-    text, theirs = next(iter(rival.texts.items()))
-    good = [
-        row
-        for name, row in rows.items()
-        if name.startswith("SPQ budgeted") and row.texts and row.texts[text].perplexity <= theirs.perplexity
-    ]
-    if not good:
-        return f"No measured budget reaches its perplexity on {text}."
-    least = min(good, key=lambda row: row.file_bytes or 0)
-    share = (least.file_bytes or 0) / (rival.file_bytes or 1)
-    return f"The smallest measured budget with its perplexity on {text} or a lower one takes {share:.1%} of its bytes."
 
 
 def ensemble(rows: Mapping[str, Row]) -> str:

@@ -35,6 +35,7 @@ class TextScore(BaseModel):
     sr_ppl: float | None = None
     sr_top1: float | None = None
     sr_kl: float | None = None
+    by_window: tuple[float, ...] = ()  # nll of each window: what the error of a difference follows from
 
     @classmethod
     def of(cls, quality: Quality, text_sha256: str = "") -> Self:
@@ -52,6 +53,7 @@ class TextScore(BaseModel):
             sr_ppl=quality.sr_ppl,
             sr_top1=quality.sr_top1,
             sr_kl=quality.sr_kl,
+            by_window=tuple(round(nll, 6) for nll in quality.by_window),
         )
 
 

@@ -5,17 +5,19 @@ Not the checks before and the move into place after (`compress`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from spq.allocator import mapped_blocks
 from spq.apply import Applier
-from spq.budget import ASSORTMENTS, Market, open_markets
+from spq.budget import ASSORTMENTS, Market, MarketCache, open_markets
+from spq.cache import source_hash
 from spq.checkpoint import open_model, read_config
 from spq.config import SPQConfig
 from spq.errors import OptionError
@@ -61,6 +63,7 @@ class Run:
     clock: StageClock
     max_shard_bytes: int
     lesson: Lesson | None = None  # what to train on, where recovery is asked for
+    cache: MarketCache = field(default_factory=MarketCache)
 
     @staticmethod
     def weight(options: SPQConfig, num_layers: int) -> float:
@@ -75,11 +78,24 @@ class Run:
         copy_companions(self.source.folder, folder)
         if not self.options.has_budget:
             return self._by_rules(folder)
-        assert self.windows is not None
-        markets = open_markets(self.source, self.options, self._applier(), self._storage(), self.windows, self.clock)
+        markets = self.cache.get(self._market_key(), self._open_markets)
         if self.options.target_perplexity is not None:
             return self._to_perplexity(folder, markets[EVERYTHING], self.options.target_perplexity)
         return self._best(folder, markets, self._budget())
+
+    def _open_markets(self) -> dict[str, Market]:
+        assert self.windows is not None
+        applier, storage = self._applier(), self._storage()
+        return open_markets(self.source, self.options, applier, storage, self.windows, self.clock)
+
+    def _market_key(self) -> str:
+        """What a market follows from: the model, the windows, and all options but how much may be spent or trained."""
+        assert self.windows is not None
+        later = {"budget", "ratio", "target_perplexity", "entropy_coding"}
+        later |= {name for name in type(self.options).model_fields if name.startswith("recover_")}
+        digest = hashlib.sha256(self.windows.numpy().tobytes())
+        digest.update(self.options.model_dump_json(exclude=later).encode())
+        return f"{source_hash(self.source.folder)} {digest.hexdigest()} {self.source.device}"
 
     def _by_rules(self, folder: Path) -> Written:
         spool = folder / "spool"

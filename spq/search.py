@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from spq.budget import MarketCache
 from spq.cache import source_hash
 from spq.calibrate import bundled_calibration, read_text, text_hash
 from spq.cli import choose_device
@@ -89,6 +90,7 @@ class Search:
     judge: Judge  # its first text is what the front is drawn of; its reference is the original
     on_point: Callable[[str], None]
     on_refused: Callable[[str, SpqError], None]
+    markets: MarketCache = field(default_factory=MarketCache)
 
     def run(self, points: Sequence[tuple[str, SPQConfig]]) -> list[Row]:
         """Rows of the original and of every point that can be made, those of earlier runs reused; draws the report.
@@ -125,7 +127,10 @@ class Search:
         }
         with tempfile.TemporaryDirectory(prefix=".search.", dir=self.out) as scratch:
             packed = Path(scratch) / "packed"
-            compress(self.source, packed, options, calibration_text=self.calibration, device=self.judge.device)
+            compress(
+                self.source, packed, options, calibration_text=self.calibration, device=self.judge.device,
+                markets=self.markets,
+            )  # fmt: skip
             return self.judge.folder(packed, name, shown)
 
     def _key(self, options: SPQConfig | None) -> str:

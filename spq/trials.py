@@ -6,6 +6,7 @@ only a page wants to know: its group, what the allocator predicted, why there is
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from spq.budget import MarketCache
 from spq.checkpoint import open_model, read_config
 from spq.compress import compress
 from spq.config import SPQConfig
@@ -28,11 +30,12 @@ from spq.rows import Option, Row, read_rows
 from spq.scoring import LocalModel
 from spq.tensorfile import locate_tensors, read_tensor
 from spq.texts import EvaluationText
-from spq.variants import DEFAULT, FLOAT16, Setting, parts, search, variants
+from spq.variants import DEFAULT, FLOAT16, RECOVERED, Setting, parts, recovered, search, variants
 from spq.writer import copy_companions
 
 CPU = torch.device("cpu")
 AT = " at the bytes of "
+TRAINED = "-recovered"  # ends the name of a checkpoint whose model was trained first
 FITS = 3  # tries at the size of the headers
 SPEED_TOKENS = ("--prompt-tokens", "32", "--new-tokens", "40", "--rounds", "2", "--streams", "1")
 
@@ -52,6 +55,7 @@ class Trials:
     speed: bool
     on_row: Callable[[str], object]
     rows: dict[str, Row] = field(default_factory=dict)
+    markets: MarketCache = field(default_factory=MarketCache)
 
     def run(self, checkpoints: Sequence[Path]) -> None:
         """Everything. `checkpoints`: folders of GPTQ, passed over where they are not there. Raises SpqError."""
@@ -66,11 +70,14 @@ class Trials:
         )  # fmt: skip
         if FLOAT16 not in self.rows:
             self._keep(judge.folder(original, FLOAT16), original)
-        for name, options in variants(self.setting).items():
+        made = variants(self.setting)
+        if importlib.util.find_spec("peft") is not None:
+            made |= recovered(self.setting)
+        for name, options in made.items():
             self._variant(name, options, judge)
         for checkpoint in checkpoints:
             if (checkpoint / "config.json").is_file():
-                self._gptq(open_gptq(checkpoint), judge)
+                self._gptq(open_gptq(checkpoint), judge, trained=checkpoint.name.endswith(TRAINED))
         self._equal_bytes(judge)
 
     def _variant(self, name: str, options: SPQConfig, judge: Judge, more: dict[str, Option] | None = None) -> None:
@@ -84,11 +91,12 @@ class Trials:
             return
         self._keep(judge.folder(out, name, _told(report) | (more or {})), out)
 
-    def _gptq(self, found: GptqFolder, judge: Judge) -> None:
+    def _gptq(self, found: GptqFolder, judge: Judge, trained: bool = False) -> None:
         """GPTQ as it is and with int8 rows of the embedding, and the budgeted model at the file bytes of each."""
         base = self.rows[FLOAT16]
         for int8_table in (False, True):
             name = f"GPTQ {found.bits} bits" + (", int8 embedding" if int8_table else "")
+            name += RECOVERED if trained else ""
             if name not in self.rows:
                 plain = self.scratch / "gptq"
                 saved = write_plain(found, self.source, plain, int8_table=int8_table)
@@ -100,7 +108,8 @@ class Trials:
                     "file_bytes": nbytes, "resident_bytes": found.tensor_bytes - saved, "bits_per_weight": per_weight,
                     "tcr": None, "mcr": 1 - nbytes / (base.fp16_bytes or 1), "composite": None,
                 }))  # fmt: skip
-            self._budgeted(name, judge)
+            if not trained:
+                self._budgeted(name, judge)
 
     def _budgeted(self, rival: str, judge: Judge) -> None:
         """The allocator at the file bytes of a row: what its tensors may take is less, by the headers of its files."""
@@ -137,7 +146,15 @@ class Trials:
         return self._compress(options, self.scratch / "packed").bytes_files
 
     def _compress(self, options: SPQConfig, out: Path) -> Report:
-        return compress(self.source, out, options, calibration_text=self.calibration, device=CPU, overwrite=True)
+        return compress(
+            self.source,
+            out,
+            options,
+            calibration_text=self.calibration,
+            device=CPU,
+            overwrite=True,
+            markets=self.markets,
+        )
 
     def _keep(self, row: Row, folder: Path) -> None:
         if self.speed:
@@ -177,6 +194,14 @@ def _told(report: Report) -> dict[str, Option]:
     """Bytes of the tensors; what the allocator expected, with its own check on spare calibration windows."""
     found = report.prediction
     told: dict[str, Option] = {"tensor_bytes": report.bytes_packed}
+    if report.recovery is not None:
+        told["recover_steps"] = report.recovery.steps
     if found is not None:
-        told |= {"rise": found.rise, "predicted": found.predicted, "measured": found.measured, "weak": found.weak}
+        told |= {
+            "rise": found.rise,
+            "predicted": found.predicted,
+            "measured": found.measured,
+            "weak": found.weak,
+            "kept": min(found.tried, key=lambda name: found.tried[name], default=None),
+        }
     return told

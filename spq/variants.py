@@ -13,12 +13,16 @@ from typing import Any
 from spq.config import SPQConfig
 
 FLOAT16, INT8, PAPER, DEFAULT = "float16", "int8 everything", "SPQ as published", "SPQ default"
+PRUNED = "SPQ default, 20 % pruned"
 BUDGET_BITS = (8, 6, 5, 4, 3)
 SEARCH_STEPS = 7
 TOLERANCE = 0.003  # of the bytes aimed at
 NO_SVD, NO_PRUNING = {"variance_threshold": 1.0}, {"max_prune_ratio": 0.0}
 PRUNING = {"prune_score": "energy", "compensation": "refit"}
 FLOAT = {"quantize": False}
+RECOVERED = ", recovered"  # ends the name of a row that was trained
+RECOVER_STEPS = 100
+PRUNE_20 = {"min_prune_ratio": 0.2, "max_prune_ratio": 0.2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ def variants(setting: Setting) -> dict[str, SPQConfig]:
     options = setting.options
     alone = {**NO_SVD, **NO_PRUNING}
     found = {INT8: options("int8"), PAPER: SPQConfig.preset("paper", group=setting.group), DEFAULT: options("default")}
+    found[PRUNED] = options("default", **PRUNE_20)
     for bits in BUDGET_BITS:
         found[budget_name(bits)] = options("budget", ratio=bits / 16)
     found |= {
@@ -70,9 +75,7 @@ def variants(setting: Setting) -> dict[str, SPQConfig]:
         "SVD whitened, 99 %, last 2 layers, int8": options(
             "default", **NO_PRUNING, variance_threshold=0.99, svd_metric="whitened", svd_last_layers=2
         ),
-        "pruning alone, 20 %, energy + refit, float": options(
-            "default", **FLOAT, **NO_SVD, **PRUNING, min_prune_ratio=0.2, max_prune_ratio=0.2
-        ),
+        "pruning alone, 20 %, energy + refit, float": options("default", **FLOAT, **NO_SVD, **PRUNING, **PRUNE_20),
     }
     for alpha in (0.0, 0.5, 1.0):
         found[f"double compression, alpha {alpha:g}"] = options(
@@ -83,6 +86,17 @@ def variants(setting: Setting) -> dict[str, SPQConfig]:
             "default", **alone, coding_loss=loss, entropy_coding=True
         )
     return found
+
+
+def recovered(setting: Setting) -> dict[str, SPQConfig]:
+    """The rows that are trained, each beside the one of its name without."""
+    how = {"recover_steps": RECOVER_STEPS}
+    return {
+        f"{DEFAULT}{RECOVERED}": setting.options("default", **how),
+        f"{PRUNED}{RECOVERED}": setting.options("default", **PRUNE_20, **how),
+        f"{budget_name(4)}{RECOVERED}": setting.options("budget", ratio=4 / 16, **how),
+        f"{budget_name(3)}{RECOVERED}": setting.options("budget", ratio=3 / 16, **how),
+    }
 
 
 def parts(setting: Setting) -> list[Family]:

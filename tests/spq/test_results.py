@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,24 @@ import torch
 from spq.config import SPQConfig
 from spq.judge import Judge
 from spq.results import find_cases, main
-from spq.results_page import against_gptq, ensemble, predictions, table
+from spq.results_page import ensemble, page, predictions, table
 from spq.rows import Row, TextScore, read_rows, write_rows
 from spq.texts import EvaluationText
-from spq.trials import AT, Trials
-from spq.variants import DEFAULT, FLOAT16, INT8, Family, Setting, budget_name, parts, search, variants
+from spq.trials import AT, TRAINED, Trials
+from spq.variants import (
+    DEFAULT,
+    FLOAT16,
+    INT8,
+    RECOVERED,
+    Family,
+    Setting,
+    budget_name,
+    parts,
+    recovered,
+    search,
+    variants,
+)
+from spq.verdict import against_gptq, difference
 from tests.spq.test_gptq import make_checkpoint
 
 SETTING = Setting(window=32, group=16)
@@ -34,9 +48,28 @@ def test_gptq_is_compared_both_ways() -> None:
     rival = row("GPTQ 4 bits", 40, 10.5)
     ours = f"SPQ budgeted{AT}{rival.name}"
     text = against_gptq(named(rival, row(ours, 40, 10.4), row(budget_name(5), 30, 10.5), row(budget_name(4), 25, 11)))
-    assert "40.0 to 40.0 KiB): at least as good on t (10.400 to 10.500)" in text and "takes 75.0% of its bytes" in text
+    assert (
+        "40.0 to 40.0 KiB): at least as good on t (10.400 to 10.500, KL" in text and "takes 75.0% of its bytes" in text
+    )
     text = against_gptq(named(rival, row(ours, 40, 10.6)))
-    assert "**worse** on t (10.600 to 10.500)" in text and "No measured budget reaches" in text
+    assert "**worse** on t (10.600 to 10.500," in text and "No measured budget reaches" in text
+
+
+def test_a_difference_has_its_error() -> None:
+    def scored(*nll: float) -> TextScore:
+        mean = sum(nll) / len(nll)
+        return TextScore(perplexity=math.exp(mean), nll=mean, num_tokens=9, protocol="p", kl=0.1, by_window=nll)
+
+    percent, error = difference(scored(2.1, 2.3, 2.2, 2.6), scored(2.0, 2.2, 2.1, 2.5))
+    assert percent == pytest.approx(100 * (math.exp(0.1) - 1)) and error == pytest.approx(0, abs=1e-9)
+    percent, error = difference(scored(2.0, 2.4), scored(2.1, 2.2))
+    assert percent == pytest.approx(100 * (math.exp(0.05) - 1))
+    assert error == pytest.approx(100 * 0.15 * math.exp(0.05))  # pairs differ by -0.1 and 0.2: 0.212 / sqrt(2)
+    rival, ours = row("GPTQ 4 bits", 40, 10.5), row(f"SPQ budgeted{AT}GPTQ 4 bits", 40, 10.5)
+    theirs, near, far = scored(2.0, 2.2, 2.1, 2.5), scored(2.1, 2.2, 2.0, 2.51), scored(2.2, 2.41, 2.3, 2.69)
+    for mine, word in ((near, "not told apart on t"), (far, "**worse** on t")):
+        rows = named(rival.model_copy(update={"texts": {"t": theirs}}), ours.model_copy(update={"texts": {"t": mine}}))
+        assert word in against_gptq(rows) and ("Why it is worse" in against_gptq(rows)) == (mine is far)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +126,10 @@ def test_rows_are_measured_and_gone_on_from(make_model: Callable[..., Path], tex
     measured = (FLOAT16, INT8, DEFAULT, budget_name(3), "double compression, alpha 0.5")
     searched = [f"{family.name}{AT}{DEFAULT}" for family in parts(SETTING)]
     skipped = [name for name in (*variants(SETTING), *searched[1:]) if name not in measured]
+    skipped += recovered(SETTING)  # each 100 steps of training; `test_recover` has training
     write_rows([Row(name=name) for name in skipped], tmp_path / "rows.jsonl")
-    trials(source, text, tmp_path).run([tmp_path / "gptq", tmp_path / "absent"])
+    (tmp_path / f"gptq{TRAINED}").symlink_to(tmp_path / "gptq")
+    trials(source, text, tmp_path).run([tmp_path / "gptq", tmp_path / "absent", tmp_path / f"gptq{TRAINED}"])
     rows = {found.name: found for found in read_rows(tmp_path / "rows.jsonl")}
     assert all(not rows[name].texts for name in skipped)
     base, int8 = rows[FLOAT16], rows[INT8]
@@ -106,6 +141,10 @@ def test_rows_are_measured_and_gone_on_from(make_model: Callable[..., Path], tex
     for name in ("GPTQ 4 bits", "GPTQ 4 bits, int8 embedding", DEFAULT):
         ours = rows[f"SPQ budgeted{AT}{name}"]
         assert not ours.texts or 0.8 < (ours.file_bytes or 0) / (rows[name].file_bytes or 1) <= 1
+    assert rows[f"GPTQ 4 bits{RECOVERED}"].texts["a"] == rows["GPTQ 4 bits"].texts["a"]
+    shown = page([("m", "t", SETTING, list(rows.values()))], {"threads": 1})
+    first, second = shown.split("With LoRA recovery")
+    assert f"GPTQ 4 bits{RECOVERED}" not in first and second.count("GPTQ 4 bits") == 4 and INT8 not in second
     before = (tmp_path / "rows.jsonl").read_bytes()
     again = tmp_path / "again"
     again.mkdir()
