@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from server.api import admin, chat, completions, text
 from server.api.failures import install_handlers
-from server.api.middleware import ApiKey, BodyLimit, RequestContext
+from server.api.middleware import ApiKey, BodyLimit, RequestContext, Shed
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -43,6 +43,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
     install_handlers(app, service.metrics)
     app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)  # the last one added is outermost
+    app.add_middleware(Shed, check_room=service.check_room, metrics=service.metrics)
     app.add_middleware(ApiKey, keys=service.config.api_keys)
     app.add_middleware(RequestContext, metrics=service.metrics)
     return app

@@ -125,6 +125,11 @@ class Service:
             code="model_loading",
         )
 
+    def check_room(self) -> None:
+        """Raise Overloaded where one more sequence would find the queue full."""
+        if self.engine is not None:
+            self.engine.check_room()
+
     def start(self) -> None:
         """Begin start-up in a thread; outputs will be delivered on the running event loop."""
         event_loop = asyncio.get_running_loop()

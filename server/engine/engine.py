@@ -143,6 +143,18 @@ class Engine:
 
         self._loop.start(publish)
 
+    def check_room(self, count: int = 1) -> None:
+        """Raise Overloaded where `count` more sequences would not be queued."""
+        waiting = self._loop.num_waiting
+        # what can start at once does not queue: with max_queue 0 an idle server still serves
+        places = self._max_queue + max(0, self.info.max_num_seqs - self._loop.num_running)
+        if waiting + count > places:
+            raise Overloaded(
+                f"the queue is full: {waiting} sequences wait, {count} more exceed the limit of {self._max_queue}; "
+                "retry later or raise --max-queue",
+                retry_after_s=self._loop.estimate_wait_s(),
+            )
+
     def submit(self, requests: SequenceOf[GenerationRequest]) -> list[Generation]:
         """Queue all requests or none.
 
@@ -156,15 +168,7 @@ class Engine:
             )
         for request in requests:
             self._check_fits(request)
-        waiting = self._loop.num_waiting
-        # what can start at once does not queue: with max_queue 0 an idle server still serves
-        places = self._max_queue + max(0, self.info.max_num_seqs - self._loop.num_running)
-        if waiting + len(requests) > places:
-            raise Overloaded(
-                f"the queue is full: {waiting} sequences wait, {len(requests)} more exceed the limit of "
-                f"{self._max_queue}; retry later or raise --max-queue",
-                retry_after_s=self._loop.estimate_wait_s(),
-            )
+        self.check_room(len(requests))
         generations = []
         now = time.monotonic()
         for request in requests:

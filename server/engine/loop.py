@@ -146,7 +146,7 @@ class EngineLoop:
             while not self._stopping:
                 self._turn()
             self._flush()
-        except Exception:
+        except BaseException:  # a thread that just ends would leave every client waiting
             batch = [s.request_id for s in self.scheduler.running]
             logger.exception("engine step failed; requests running: %s", batch)
             self.alive = False

@@ -218,6 +218,11 @@ class FakeService:
         self.tokenizer = tokenizer
         self.current = FakeStatus()
         self.calls: list[str] = []
+        self.full: Overloaded | None = None
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     def status(self) -> FakeStatus:
         return self.current

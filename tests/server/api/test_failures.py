@@ -283,3 +283,16 @@ def test_http_metrics_by_route_not_by_path(bench: Any) -> None:
     assert count(name, handler="unmatched", method="other") == 1
     assert count(name, handler="/v1/completions", method="POST", status="400") == 1
     assert count("http_request_duration_seconds_count") == 5
+
+
+def test_a_full_queue_refuses_before_the_body_is_looked_at(bench: Any) -> None:
+    bench.service.full = Overloaded("the queue is full", retry_after_s=9)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        response = bench.client.post(path, content=b"{ no json", headers=JSON)
+        assert error_of(response, 503)["message"] == "the queue is full"
+        assert response.headers["retry-after"] == "9"
+    assert bench.metric("vllm:admission_rejections_total") == 2
+    assert bench.client.get("/v1/models").status_code == 200
+    assert bench.post("/tokenize", {"prompt": "say"}).status_code == 200
+    bench.service.full = None
+    assert bench.complete().status_code == 200

@@ -1,0 +1,106 @@
+"""`python -m tests.soak.overload --seconds 180`: ten times as many requests as the server can take.
+
+First what it can take: as many streams as run at once, each followed by the next. Then requests arrive at ten times
+that rate, whether or not others were answered. Memory must stay flat, what is accepted must be answered in bounded time
+and once, the rest refused with Retry-After, and tokens/s stay within 5 % of the unloaded run. Client and server share
+the machine: where its cores are all busy, the last is the machine's figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+
+from tests.soak.target import Target, finish, grown, serving
+from tests.soak.traffic import Outcome, ask, body, percentile
+
+STREAMS, QUEUE, NEW_TOKENS = 16, 32, 48
+FACTOR = 10
+SLACK_MIB = 24.0
+LEAST_SHARE = 0.95  # of the unloaded tokens/s
+
+
+async def closed_loop(target: Target, seconds: float) -> list[Outcome]:
+    """STREAMS requests at any time."""
+    draw, end = random.Random(1), time.monotonic() + seconds
+    found: list[Outcome] = []
+
+    async def one() -> None:
+        while time.monotonic() < end:
+            found.append(await ask(target.port, body(draw, NEW_TOKENS)))
+
+    await asyncio.gather(*(one() for _ in range(STREAMS)))
+    return found
+
+
+async def open_loop(target: Target, per_s: float, seconds: float) -> list[Outcome]:
+    """Requests every 1 / per_s seconds, whatever comes of them."""
+    draw, started = random.Random(2), time.monotonic()
+    tasks = []
+    for number in range(int(per_s * seconds)):
+        await asyncio.sleep(max(0.0, started + number / per_s - time.monotonic()))
+        tasks.append(asyncio.create_task(ask(target.port, body(draw, NEW_TOKENS))))
+    return list(await asyncio.gather(*tasks))
+
+
+def complain(found: list[Outcome], limit_s: float) -> list[str]:
+    """What is wrong with the answers to an overload."""
+    accepted = [o for o in found if o.status == 200]
+    refused = [o for o in found if o.status == 503]
+    wrong = []
+    if strange := [o for o in found if o.status not in (200, 503)]:
+        wrong.append(f"{len(strange)} requests got neither answer nor refusal, such as {strange[0]}")
+    if silent := [o for o in refused if int(o.headers.get("retry-after", "0")) < 1]:
+        wrong.append(f"{len(silent)} refusals without Retry-After")
+    if short := [o for o in accepted if not o.done or o.completion_tokens != NEW_TOKENS or o.finish_reason != "length"]:
+        wrong.append(f"{len(short)} accepted requests were not answered whole, such as {short[0]}")
+    if any(len(o.ids) != 1 for o in accepted) or len(set.union(*(o.ids for o in accepted))) != len(accepted):
+        wrong.append("an answer's id is missing, doubled or another's")
+    if (slowest := percentile([o.total_s for o in accepted], 0.99)) > limit_s:
+        wrong.append(f"p99 of accepted requests {slowest:.1f} s is above {limit_s:.1f} s")
+    return wrong
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak.overload", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=180.0, help="of overload; a sixth of it unloaded before")
+    arguments = parser.parse_args()
+    limits = ["--max-num-seqs", str(STREAMS), "--max-queue", str(QUEUE), "--prefix-caching", "off"]
+    with serving(*limits) as target:
+        asyncio.run(closed_loop(target, 5.0))
+        before, begun, count = target.settled(), time.monotonic(), target.metrics()["vllm:generation_tokens_total"]
+        calm = asyncio.run(closed_loop(target, arguments.seconds / 6))
+        calm_s = time.monotonic() - begun
+        per_s = len(calm) / calm_s
+        unloaded = (target.metrics()["vllm:generation_tokens_total"] - count) / calm_s
+        begun, count = time.monotonic(), target.metrics()["vllm:generation_tokens_total"]
+        found = asyncio.run(open_loop(target, FACTOR * per_s, arguments.seconds))
+        spent = time.monotonic() - begun
+        tokens = target.metrics()["vllm:generation_tokens_total"] - count
+        loaded = tokens / spent
+        after = target.settled()
+    accepted = [o for o in found if o.status == 200]
+    # a full queue before it: its own time and that of those ahead, with half as much again for arrival in bursts
+    limit_s = 1.5 * (QUEUE + STREAMS) / per_s
+    wrong = complain(found, limit_s) + grown(before, after, SLACK_MIB)
+    if tokens != NEW_TOKENS * len(accepted):
+        wrong.append(f"{tokens:.0f} tokens were counted, {NEW_TOKENS * len(accepted)} answered")
+    if loaded < LEAST_SHARE * unloaded:
+        wrong.append(f"{loaded:.0f} tokens/s are below {LEAST_SHARE:.0%} of the unloaded {unloaded:.0f}")
+    figures = {
+        "seconds": round(spent, 1), "sent": len(found), "accepted": len(accepted),
+        "tokens_per_s_unloaded": round(unloaded, 1), "tokens_per_s_overloaded": round(loaded, 1),
+        "total_p50_s": round(percentile([o.total_s for o in accepted], 0.5), 2),
+        "total_p99_s": round(percentile([o.total_s for o in accepted], 0.99), 2), "total_limit_s": round(limit_s, 2),
+        "refused_p99_ms": round(1e3 * percentile([o.total_s for o in found if o.status == 503], 0.99), 1),
+        "before": before, "after": after,
+    }  # fmt: skip
+    return finish("overload", figures, wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
