@@ -16,7 +16,7 @@ from kernels.gpu.prepared import Corrected, FusedGateUp, GateUp, Linear, MixedPa
 from kernels.layers import Layer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class IntegerStore:
     """See kernels.stores.Store. Two owners are views of one memory."""
 

@@ -6,9 +6,11 @@ waited for is not there, and staging that is written to too early is copied as i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ class LateBus:
     """See `server.model.arena.Bus`. `ran` is to be called for each layer, with where its integers lie."""
 
     log: list[str] = field(default_factory=list)
-    allocated: list[int] = field(default_factory=list)  # bytes of each piece of device memory
+    live_bytes: int = 0  # of device memory
+    peak_bytes: int = 0
     _copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # begun, not made
     _done: int = 0
     _clock: int = 0  # layers begun
@@ -40,8 +43,14 @@ class LateBus:
         return torch.full((size,), 0xAA, dtype=torch.uint8)
 
     def allocate(self, size: int) -> Tensor:
-        self.allocated.append(size)
-        return torch.full((size,), 0x55, dtype=torch.uint8)
+        memory = np.full(size, 0x55, dtype=np.uint8)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(memory, self._free, size)  # with the last tensor over it
+        return torch.from_numpy(memory)
+
+    def _free(self, size: int) -> None:
+        self.live_bytes -= size
 
     def ran(self, address: int) -> None:
         self._clock += 1
