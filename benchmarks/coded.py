@@ -87,7 +87,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
     torch.set_num_threads(arguments.threads)
-    ops = make_ops(device, pick_dtype(ServerConfig(model=""), device), "triton" if cuda else "native")
+    ops = make_ops(
+        device, pick_dtype(ServerConfig.model_validate({"model": "packed"}), device), "triton" if cuda else "native"
+    )
     assert isinstance(ops, MovableOps)
     with torch.no_grad():
         torch.ones(256, 256) @ torch.ones(256, 256)  # the libraries' own memory
