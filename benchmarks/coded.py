@@ -3,7 +3,8 @@
 A packed int8 model of random integers is made, then one process per row loads it, lets the planner choose by a
 tolerance, and decodes. With --cap the process may have only so many bytes beyond what it held before the model was read
 (RLIMIT_DATA: private writable memory, touched or not), fewer than the packed weights: the row of decoded layers then
-ends for want of memory. Medians; the last line is JSON.
+ends for want of memory. On a GPU the cap is on what torch allocates there, the planner's room is what a small cache and
+a step's workspace leave of it, and all steps are launched kernel by kernel. Medians; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from transformers import LlamaConfig
 
 from benchmarks.step import BLOCK_SIZE, make_sequences, step
 from kernels.bench_machine import describe
-from kernels.native.backend import NativeOps
+from kernels.ops import make_ops
+from kernels.stores import MovableOps
+from server.config import ServerConfig
+from server.engine.build import pick_dtype
 from server.engine.kv_cache import allocate
 from server.engine.residency import settle
 from server.engine.runner import ModelRunner
+from server.model.arena import CudaBus
 from server.model.coded import CodedLayers
 from server.model.load import load_model
 from spq.allocator import mapped_blocks
@@ -45,6 +50,7 @@ HEAD_DIM = 64
 VOCAB = 4096
 WEIGHT_STD = 0.02
 WARM_STEPS = 3
+WORKSPACE_BYTES = 64 << 20  # of a step of a few tokens, with room for what the allocator rounds
 
 
 def make_packed(shape: str, std: float, folder: Path) -> int:
@@ -78,25 +84,35 @@ def make_packed(shape: str, std: float, folder: Path) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One row, in this process. Raises MemoryError or RuntimeError where the cap is too low."""
-    device = torch.device("cpu")
+    device = torch.device(arguments.device)
+    cuda = device.type == "cuda"
     torch.set_num_threads(arguments.threads)
-    ops = NativeOps(device)
+    ops = make_ops(
+        device, pick_dtype(ServerConfig.model_validate({"model": "packed"}), device), "triton" if cuda else "native"
+    )
+    assert isinstance(ops, MovableOps)
     with torch.no_grad():
         torch.ones(256, 256) @ torch.ones(256, 256)  # the libraries' own memory
     memory = PeakMemory(device)
     held = _private_bytes()
-    if arguments.cap:
+    if arguments.cap and cuda:
+        torch.cuda.set_per_process_memory_fraction(arguments.cap / torch.cuda.mem_get_info(device)[1], device)
+    elif arguments.cap:
         resource.setrlimit(resource.RLIMIT_DATA, (held + arguments.cap,) * 2)
     source = open_model(arguments.folder)
-    layers = None if arguments.tolerance is None else CodedLayers(ops, arguments.threads)
+    layers = (
+        None if arguments.tolerance is None else CodedLayers(ops, arguments.threads, CudaBus(device) if cuda else None)
+    )
     plan = None
+    pages = -(-(arguments.prompt + arguments.tokens + WARM_STEPS + 2) // BLOCK_SIZE)
+    reserve = WORKSPACE_BYTES + pages * BLOCK_SIZE * source.spec.kv_token_bytes(1)
     with mapped_blocks():
         model, used = load_model(source, ops, 512, coded=layers)
         ops.use_threads(arguments.threads)
         if layers is not None:
-            plan = settle(model, layers, torch.int8, arguments.tolerance)
+            room = arguments.cap - torch.cuda.memory_allocated(device) - reserve if arguments.cap and cuda else None
+            plan = settle(model, layers, torch.int8, arguments.tolerance, room)
             used.leave_coded(layers)
-    pages = -(-(arguments.prompt + arguments.tokens + WARM_STEPS + 2) // BLOCK_SIZE)
     runner = ModelRunner(model, allocate(source.spec, pages * BLOCK_SIZE, torch.int8, device), BLOCK_SIZE)
     sequences = make_sequences(1, arguments.prompt, arguments.tokens + WARM_STEPS, VOCAB)
     step(runner, sequences, arguments.prompt)
@@ -109,7 +125,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": used.weights + used.low_rank,
         "coded_bytes": used.coded,
         "arena_bytes": used.arena,
+        "host_coded_bytes": used.host_coded,
         "resident_bytes": memory.rss_bytes() - memory.rss_at_start_bytes,  # at its largest
+        "gpu_bytes": memory.gpu_bytes(),  # at its largest, of tensors
     }
 
 
@@ -117,6 +135,7 @@ def run_row(arguments: argparse.Namespace, folder: Path, tolerance: str) -> dict
     """`measure` in a process of its own; where it fails, why."""
     command = [sys.executable, "-m", "benchmarks.coded", "--folder", str(folder), "--threads", str(arguments.threads),
                "--tokens", str(arguments.tokens), "--prompt", str(arguments.prompt), "--cap", str(arguments.cap),
+               "--device", arguments.device,
                "--tolerances", tolerance]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -143,7 +162,11 @@ def main() -> None:
             rows[tolerance] = row = run_row(arguments, Path(folder) / "model", tolerance)
             print(f"{tolerance:>8}  {_line(row)}", flush=True)
     options = {name: str(value) for name, value in vars(arguments).items()}
-    print(json.dumps(describe(torch.device("cpu")) | {"options": options, "packed_bytes": weights, "rows": rows}))
+    print(
+        json.dumps(
+            describe(torch.device(arguments.device)) | {"options": options, "packed_bytes": weights, "rows": rows}
+        )
+    )
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -153,8 +176,9 @@ def _line(row: dict[str, Any]) -> str:
     told = "" if row["predicted"] is None else (
         f"  predicted {row['predicted']:.2f} ({100 * (row['predicted'] / row['measured'] - 1):+.0f} %), decoded "
         f"{row['predicted_decoded']:.2f}")  # fmt: skip
-    return (f"{row['coded_layers']:3} layers coded  model {format_bytes(kept)}, grown by "
-            f"{format_bytes(row['resident_bytes'])}  {row['measured']:.2f} tokens/s{told}")  # fmt: skip
+    grown = row["gpu_bytes"] or row["resident_bytes"]
+    return (f"{row['coded_layers']:3} layers coded  model {format_bytes(kept)}, grown by {format_bytes(grown)}  "
+            f"{row['measured']:.2f} tokens/s{told}")  # fmt: skip
 
 
 def _private_bytes() -> int:
@@ -171,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerances", default="decoded,1,0.5,0.1", help="rows: decoded, or the share of tokens/s that may be lost"
     )
     parser.add_argument("--cap", type=parse_bytes, default=0, help="memory of a process beyond its own, e.g. 240MiB")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where layers run (default: cpu)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: cores)")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt (default: 16)")
     parser.add_argument("--tokens", type=int, default=20, help="tokens timed (default: 20)")

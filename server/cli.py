@@ -105,7 +105,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("kv-memory", "bytes of KV cache at most, e.g. 512MiB (default: what the budget leaves)", parse_bytes),
         Option(
             "resident",
-            "weights of layers in memory; coded: compressed without loss, each decoded while the one before runs",
+            "weights of layers in memory; coded: compressed without loss on the host, each decoded while the one "
+            "before runs",
             choices=("decoded", "coded"),
         ),
         Option(

@@ -249,7 +249,9 @@ class LiveCollector(Collector):
             "kv_cache_size_tokens": info.kv_tokens, "kv_cache_max_concurrency": info.kv_tokens / info.max_model_len,
         }  # fmt: skip
         yield self._facts("vllm:cache_config_info", "Layout of the KV cache.", config)
-        yield self._gauges("spq:memory_bytes", "Bytes on the device by kind.", "kind", info.ledger)
+        yield self._gauges(
+            "spq:memory_bytes", "Bytes on the device by kind; host_ kinds are on the host.", "kind", info.ledger
+        )
         if info.compression:
             yield self._facts("spq:compression_info", "What compression did.", info.compression)
         for fact, name in (("ratio_to_fp16", "spq:compression_ratio"), ("mean_rank_kept", "spq:ranks_kept")):

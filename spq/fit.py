@@ -45,6 +45,8 @@ class Plan:
     sequences: int  # at full context that fit, at most those asked for
     tokens_per_s_one: float | None  # one sequence, half the context filled
     tokens_per_s_all: float | None  # all that fit
+    coded_layers: int | None = None  # that `--resident coded` leaves on the host for one sequence; None: cannot run
+    tokens_per_s_coded: float | None = None  # one sequence then, where it is known how fast layers are fed
 
     @property
     def total(self) -> int:
@@ -54,11 +56,16 @@ class Plan:
 
 def weight_bytes(spec: ModelSpec, variant: str) -> int:
     """Tensor bytes of a packed folder of this variant (STORAGE: groups of 128 with zero points)."""
-    total = sum(2 * prod(shape) for shape in model_vectors(spec).values())
+    return sum(2 * prod(shape) for shape in model_vectors(spec).values()) + _matrix_bytes(spec, variant, "")
+
+
+def _matrix_bytes(spec: ModelSpec, variant: str, prefix: str) -> int:
+    """Of the matrices whose names begin so, biases included."""
+    total = 0
     for module, shape in model_linears(spec).items():
-        local = module.rpartition(".")[2]
-        total += STORAGE.nbytes(_recipe(variant, module, local, shape), shape)
-        total += 2 * shape[0] if module_has_bias(spec, module) else 0
+        if module.startswith(prefix):
+            total += STORAGE.nbytes(_recipe(variant, module, module.rpartition(".")[2], shape), shape)
+            total += 2 * shape[0] if module_has_bias(spec, module) else 0
     return total
 
 
@@ -72,9 +79,17 @@ def workspace_bytes(spec: ModelSpec, concurrency: int) -> int:
 
 
 def plan(
-    spec: ModelSpec, variant: str, memory: int, context: int, concurrency: int, bandwidth: float | None, int8_kv: bool
+    spec: ModelSpec,
+    variant: str,
+    memory: int,
+    context: int,
+    concurrency: int,
+    bandwidth: float | None,
+    int8_kv: bool,
+    feed: float | None = None,
 ) -> Plan:
-    """One variant on a card of `memory` bytes; `bandwidth` in bytes/s. Raises OptionError for a context too long."""
+    """One variant on a card of `memory` bytes; `bandwidth` of its memory and `feed` of decoding and copying layers in
+    bytes/s. Raises OptionError for a context too long."""
     if context > spec.max_positions:
         raise OptionError(f"context {context} is beyond the model's {spec.max_positions} positions; lower it")
     weights, token = weight_bytes(spec, variant), spec.kv_token_bytes(1 if int8_kv else 2)
@@ -89,9 +104,18 @@ def plan(
         return count * bandwidth * REACHED / (weights + count * token * context / 2)
 
     fits = kv <= room
+    layer, layers = _matrix_bytes(spec, variant, f"{spec.layer_prefix(0)}."), spec.num_layers
+    beside = room - token * context + layers * layer  # for layers, with one sequence
+    kept = layers if layers * layer <= beside else beside // layer - 2  # an arena of two, where any is coded
+    coded = None if kept < 0 or (kept < layers and variant == "float16") else layers - kept
+    coded_speed = None
+    if coded is not None and bandwidth is not None and feed is not None:
+        read_s = (weights + token * context / 2) / (bandwidth * REACHED)
+        coded_speed = 1 / (read_s + coded * max(0.0, layer / feed - layer / (bandwidth * REACHED)))
     return Plan(
-        variant, weights, kv, workspace, DRIVER_BYTES, fits, sequences, speed(min(1, sequences)), speed(sequences)
-    )
+        variant, weights, kv, workspace, DRIVER_BYTES, fits, sequences, speed(min(1, sequences)), speed(sequences),
+        coded, coded_speed,
+    )  # fmt: skip
 
 
 def free_for_weights(spec: ModelSpec, memory: int, context: int, concurrency: int, int8_kv: bool) -> int:
@@ -145,11 +169,21 @@ def render(plans: Sequence[Plan], left: int, arguments: argparse.Namespace) -> s
         lines.append("No tokens/s without the card's memory bandwidth: give --bandwidth, for example 360GB.")
     else:
         lines.append(f"tokens/s: {REACHED:.0%} of the bandwidth, half the context filled; a bound, not a measurement.")
+    if arguments.feed is not None:
+        lines += [f"{found.variant:30} {_coded_line(found)}" for found in plans if not found.sequences]
     lines.append(
         f"For exactly this load: spq-compress MODEL --budget {left}" if left > 0 else
         "Keys and values alone do not fit: lower --context or --concurrency, or use --kv-dtype int8."
     )  # fmt: skip
     return "\n".join(lines)
+
+
+def _coded_line(found: Plan) -> str:
+    """What `--resident coded` makes of a variant that does not fit."""
+    if found.coded_layers is None:
+        return "cannot run, coded or not"
+    speed = "" if found.tokens_per_s_coded is None else f", {found.tokens_per_s_coded:.2f} tokens/s for one sequence"
+    return f"with --resident coded: {found.coded_layers} layers decoded on the host{speed}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,6 +196,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="sequences at once (default: 16)")
     parser.add_argument("--kv-dtype", choices=("int8", "16 bit"), default="int8", help="of keys and values")
     parser.add_argument("--bandwidth", metavar="BYTES", help="of the card's memory per second, for example 360GB")
+    parser.add_argument(
+        "--feed",
+        metavar="BYTES",
+        help="per second that --resident coded decodes and copies (spq-serve logs it at start), for example 1.4GB",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -173,14 +212,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = read_spec(find_config(arguments.model, arguments.revision))
         try:
             memory = parse_bytes(arguments.gpu_memory)
-            bandwidth = None if arguments.bandwidth is None else float(parse_bytes(arguments.bandwidth))
+            bandwidth, feed = (
+                None if text is None else float(parse_bytes(text)) for text in (arguments.bandwidth, arguments.feed)
+            )
         except ValueError as error:
             raise OptionError(str(error)) from error
         if arguments.context < 1 or arguments.concurrency < 1:
             raise OptionError(f"context {arguments.context} and concurrency {arguments.concurrency} must be at least 1")
         load = (memory, arguments.context, arguments.concurrency)
         int8_kv = arguments.kv_dtype == "int8"
-        plans = [plan(spec, variant, *load, bandwidth, int8_kv) for variant in VARIANTS]
+        plans = [plan(spec, variant, *load, bandwidth, int8_kv, feed) for variant in VARIANTS]
         left = free_for_weights(spec, *load, int8_kv)
     except SpqError as error:
         print(f"spq-plan: {error}", file=sys.stderr)

@@ -46,6 +46,7 @@ from kernels.gpu.prepared import (
     check_correction,
     stacked_corrected,
 )
+from kernels.gpu.stores import IntegerStore, layer_stores
 from kernels.layers import Layer, run_one_by_one
 from kernels.ops import AttentionBatch, HeadTransform, LayerKv, Norm
 from kernels.reference import check_same_input
@@ -121,6 +122,10 @@ class TritonOps:
     def nbytes(self, prepared: Linear | Projections | GateUp) -> int:
         """Bytes resident, padding included."""
         return sum(p.nbytes for p in prepared) if isinstance(prepared, tuple) else prepared.nbytes
+
+    def stores(self, layer: Layer) -> list[IntegerStore]:
+        """The matrices of a layer whose integers may be moved."""
+        return layer_stores(layer)
 
     def embed(self, token_ids: Tensor, table: Matrix) -> Tensor:
         """token_ids int64 [T] -> [T, hidden]."""

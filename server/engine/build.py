@@ -14,17 +14,19 @@ from typing import Literal
 
 import torch
 
-from kernels.native.backend import NativeOps
 from kernels.ops import Ops, make_ops
+from kernels.stores import MovableOps
 from server.config import ServerConfig
 from server.engine.engine import Engine, ModelInfo
+from server.engine.graphs import CudaRecorder
 from server.engine.kv_cache import allocate
 from server.engine.loop import EngineLoop, OnStep
-from server.engine.memory import KvPlan, MemoryBudgetError, plan_kv, read_memory
+from server.engine.memory import DeviceMemory, KvPlan, MemoryBudgetError, plan_kv, read_memory, room_for_layers
 from server.engine.release import release_libraries
-from server.engine.residency import settle
+from server.engine.residency import CODED_CONTEXT, settle
 from server.engine.runner import ModelRunner
 from server.engine.warm_up import measure_graphs, measure_workspace, pick_threads, record_graphs
+from server.model.arena import CudaBus
 from server.model.coded import CodedLayers
 from server.model.facts import compression_facts
 from server.model.load import WeightBytes, load_model
@@ -79,25 +81,36 @@ def build_engine(
         source.close()
         ops.use_threads(threads)
         kv_dtype = pick_kv_dtype(config, spec.head_dim, ops)
-        if coded is not None:
+        if coded is not None and not coded.coded:
+            raise OptionError("--resident coded: no layer of this model has integers; compress it, or leave it decoded")
+        if coded is not None and not coded.staged:
             settle(model, coded, kv_dtype, config.resident_tolerance)
-            used.leave_coded(coded)
-    before = read_memory(device)
-    if config.memory_budget is not None and before.process > config.memory_budget:
-        fewer = (
-            "" if device.type == "cuda" else " (--resident coded --resident-tolerance 1 holds layers in fewer bytes)"
-        )
-        raise MemoryBudgetError(
-            f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
-            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache{fewer}"
-        )
     recorded = records_steps(config, ops)
     parts = 3 if recorded else 1  # of the warming up, taken as equally long
 
     def warming(part: int) -> Callable[[float], None]:
         return lambda done: progress("warming_up", (part + done) / parts)
 
-    workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
+    workspace = None
+    if coded is not None and coded.staged:
+        coded.reserve()  # steps need the same beside it, however many layers are coded; now there is room for them
+        workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
+        room = pick_room(config, read_memory(device), workspace, spec.kv_token_bytes(kv_dtype.itemsize), wanted_len)
+        room += coded.arena_bytes
+        settle(model, coded, kv_dtype, config.resident_tolerance, room, CudaRecorder() if recorded else None)
+        torch.cuda.empty_cache()
+        recorded = recorded and not coded.coded
+    if coded is not None:
+        used.leave_coded(coded)
+    before = read_memory(device)
+    if config.memory_budget is not None and before.process > config.memory_budget:
+        fewer = "" if coded is not None else " (--resident coded --resident-tolerance 1 holds layers in fewer bytes)"
+        raise MemoryBudgetError(
+            f"the process holds {format_bytes(before.process)} with the weights loaded, more than --memory-budget "
+            f"{format_bytes(config.memory_budget)}; it needs more than that, plus the KV cache{fewer}"
+        )
+    if workspace is None:
+        workspace = measure_workspace(model, config, wanted_len, kv_dtype, warming(0))
     graph_bytes = measure_graphs(model, config, wanted_len, kv_dtype, warming(1)) if recorded else 0
     decodes = coded is not None and bool(coded.coded)  # which gains from every core
     if config.threads is None and device.type == "cpu" and not decodes:
@@ -175,7 +188,8 @@ def records_steps(config: ServerConfig, ops: Ops) -> bool:
 def make_ledger(
     used: WeightBytes, plan: KvPlan, *, kv: int, workspace: int, graphs: int, process: int
 ) -> dict[str, int]:
-    """Bytes on the device by kind; they add up to the limit. `process` is what it holds without the cache."""
+    """Bytes by kind. Those on the device add up to the limit, `process` is what it holds without the cache; `host_*`
+    are beside it, and 0 where the device is the host."""
     return {
         "weights": used.weights,
         "low_rank": used.low_rank,
@@ -186,6 +200,8 @@ def make_ledger(
         "graphs": graphs,
         "other": process - workspace - graphs - used.total,
         "free": plan.limit - process - kv,
+        "host_coded": used.host_coded,
+        "host_staging": used.host_staging,
     }
 
 
@@ -193,15 +209,25 @@ def pick_resident(config: ServerConfig, ops: Ops, threads: int) -> CodedLayers |
     """What takes the layers where they stay coded. Raises OptionError where this back end cannot run them."""
     if config.resident == "decoded":
         return None
-    if isinstance(ops, NativeOps):
-        return CodedLayers(ops, threads)
+    if isinstance(ops, MovableOps):
+        return CodedLayers(ops, threads, CudaBus(ops.device) if ops.device.type == "cuda" else None)
     reason = {
-        "triton": "there is no entropy decoder for GPUs among our dependencies, and one on the host would send every "
-        "layer over the bus for each token",
         "cpu": "torch packs its matrices in a form that can be neither coded nor moved; the native back end needs a C "
         "compiler when it is installed",
     }.get(ops.name, "it keeps weights as they were loaded")
-    raise OptionError(f"--resident coded needs the native back end on a CPU, this is {ops.name}: {reason}")
+    raise OptionError(
+        f"--resident coded needs the native back end on a CPU or triton on a GPU, this is {ops.name}: {reason}"
+    )
+
+
+def pick_room(config: ServerConfig, memory: DeviceMemory, workspace: int, token_bytes: int, wanted_len: int) -> int:
+    """Bytes on the device for decoded layers, beyond what `memory` counts as held.
+
+    What steps need comes first, and the cache that was asked for: by bytes, by length, or CODED_CONTEXT tokens.
+    """
+    tokens = wanted_len if config.max_model_len is not None else min(wanted_len, CODED_CONTEXT)
+    kv = token_bytes * (tokens + config.block_size) if config.kv_memory is None else config.kv_memory
+    return room_for_layers(memory, reserve=workspace + kv, memory_budget=config.memory_budget)
 
 
 def pick_device(config: ServerConfig) -> torch.device:

@@ -62,6 +62,13 @@ def read_memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(total, free, resident)
 
 
+def room_for_layers(memory: DeviceMemory, *, reserve: int, memory_budget: int | None) -> int:
+    """Bytes that decoded layers may take beyond what `memory` says the process holds; `reserve` is for the cache and
+    the steps. Below 0 where even that has no room."""
+    limit = min(memory.process + memory.free, memory_budget or memory.total)
+    return limit - memory.process - _margin(limit, MARGIN_BYTES) - reserve
+
+
 def plan_kv(
     memory: DeviceMemory,
     *,
@@ -79,7 +86,7 @@ def plan_kv(
     Raises MemoryBudgetError when not even one sequence of the length asked for (or of 256 tokens) would fit.
     """
     limit = min(memory.process + memory.free, memory_budget or memory.total)
-    margin = (CPU_MARGIN_BYTES if device.type == "cpu" else MARGIN_BYTES) + round(MARGIN_SHARE * limit)
+    margin = _margin(limit, CPU_MARGIN_BYTES if device.type == "cpu" else MARGIN_BYTES)
     room = limit - memory.process - margin
     if kv_memory is not None:
         room = min(room, kv_memory)
@@ -99,6 +106,10 @@ def plan_kv(
         )
     blocks = min(room // block_bytes, max_num_seqs * -(-wanted_len // block_size))
     return KvPlan(blocks, min(wanted_len, blocks * block_size), limit)
+
+
+def _margin(limit: int, least: int) -> int:
+    return least + round(MARGIN_SHARE * limit)
 
 
 def _cgroup_limit() -> int | None:

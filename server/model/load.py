@@ -27,11 +27,13 @@ class WeightBytes:
     low_rank: int = 0  # matrices stored as factor pairs
     coded: int = 0  # integers that stay coded: they are in neither of the above
     arena: int = 0  # what these are decoded into
+    host_coded: int = 0  # in place of `coded`, where the device is not the host
+    host_staging: int = 0  # pinned, through which they go to the arena
     by_layer: list[tuple[int, int]] = field(default_factory=list)  # the first two of each layer, all decoded
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that is on the device."""
         return self.weights + self.low_rank + self.coded + self.arena
 
     def leave_coded(self, layers: CodedLayers) -> None:
@@ -41,7 +43,11 @@ class WeightBytes:
             share = round(layer.decoded_bytes * low_rank / (weights + low_rank))
             self.low_rank -= share
             self.weights -= layer.decoded_bytes - share
-        self.coded, self.arena = layers.coded_bytes, layers.arena_bytes
+        self.arena = layers.arena_bytes
+        if layers.staged:
+            self.host_coded, self.host_staging = layers.coded_bytes, layers.arena_bytes
+        else:
+            self.coded = layers.coded_bytes
 
 
 def load_model(

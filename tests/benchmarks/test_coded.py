@@ -17,7 +17,7 @@ def test_a_model_runs_in_less_memory_than_its_packed_weights(tmp_path: Path) -> 
     packed = make_packed("1024x24", 4, tmp_path / "model")
     cap = 256 * MIB
     assert packed > cap + 40 * MIB
-    options = Namespace(threads=2, tokens=2, prompt=4, cap=cap)
+    options = Namespace(threads=2, tokens=2, prompt=4, cap=cap, device="cpu")
     assert "can't allocate memory" in run_row(options, tmp_path / "model", "decoded")["failed"]
     row = run_row(options, tmp_path / "model", "1")
     assert "failed" not in row, row

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from kernels.ops import BackendName, make_ops
+from kernels.ops import BackendName, Ops, make_ops
 from server.core import FinishReason, SamplingParams, Sequence, StepOutput, Timings
 from server.engine.graphs import DecodeGraphs, Recorder
 from server.engine.kv_cache import allocate
 from server.engine.loop import EngineLoop, Runner
 from server.engine.runner import ModelRunner
+from server.model.coded import CodedLayers
 from server.model.load import load_model
 from server.scheduler.blocks import BlockManager
 from server.scheduler.ngram import NgramDrafter
@@ -40,13 +41,14 @@ class Harness:
         speculative_ngram: int = 0,
         device: str = "cpu",
         recorder: Recorder | None = None,
+        make_coded: Callable[[Ops], CodedLayers] | None = None,
     ) -> None:
-        """With a recorder, steps that only decode go through graphs made by it."""
+        """With a recorder, steps that only decode go through graphs made by it; with `make_coded` layers stay coded."""
         source = open_model(folder)
         self.spec = source.spec
-        self.model, self.bytes = load_model(
-            source, make_ops(torch.device(device), dtype, backend), source.spec.max_positions
-        )
+        ops = make_ops(torch.device(device), dtype, backend)
+        self.coded = None if make_coded is None else make_coded(ops)
+        self.model, self.bytes = load_model(source, ops, source.spec.max_positions, coded=self.coded)
         self.outputs: list[StepOutput] = []
         num_pages = num_blocks + (recorder is not None)
         self.cache = allocate(self.spec, num_pages * block_size, kv_dtype, torch.device(device))

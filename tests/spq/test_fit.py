@@ -42,6 +42,26 @@ def test_a_llama_of_7b(seven: Path) -> None:
     assert 0 < left < 8 << 30
 
 
+def test_what_does_not_fit_is_told_coded(seven: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = read_spec(seven)
+    roomy = plan(spec, "int8", 12 << 30, 4096, 1, 360e9, True, 1.4e9)
+    assert roomy.coded_layers == 0 and roomy.tokens_per_s_coded == pytest.approx(roomy.tokens_per_s_one)
+    small = plan(spec, "int8", 6 << 30, 4096, 1, 360e9, True, 1.4e9)
+    assert small.sequences == 0 and small.coded_layers is not None and 0 < small.coded_layers < 32
+    layer = (weight_bytes(spec, "int8") - 2 * 32000 * 4096) / 32
+    held = small.total + (2 - small.coded_layers) * layer
+    assert held <= 6 << 30 < held + 1.05 * layer
+    read_s = (small.weights + small.kv / 2) / (0.75 * 360e9)
+    late_s = small.coded_layers * layer * (1 / 1.4e9 - 1 / 0.75 / 360e9)
+    assert small.tokens_per_s_coded == pytest.approx(1 / (read_s + late_s), rel=1e-2)
+    assert plan(spec, "float16", 6 << 30, 4096, 1, 360e9, True, 1.4e9).coded_layers is None  # it has no integers
+    assert plan(spec, "int8", 1 << 30, 4096, 1, 360e9, True, 1.4e9).coded_layers is None  # not even the arena
+    flags = [str(seven), "--gpu-memory", "6GiB", "--concurrency", "1", "--bandwidth", "360GB", "--feed", "1.4GB"]
+    assert main(flags) == 0
+    text = capsys.readouterr().out
+    assert f"with --resident coded: {small.coded_layers} layers" in text and "cannot run, coded or not" in text
+
+
 def test_the_command_line(seven: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [str(seven), "--gpu-memory", "8GiB", "--context", "4096", "--concurrency", "4"]
     assert main([*flags, "--bandwidth", "360GB"]) == 0

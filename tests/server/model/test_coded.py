@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_bus import LateBus
 
 from kernels.native.backend import NativeOps
 from kernels.native.library import machine_choice
 from kernels.ops import make_ops
+from kernels.stores import MovableOps
 from server.config import ServerConfig
 from server.core import SamplingParams, TokenLogprobs
-from server.engine.build import build_engine, pick_resident
+from server.engine import residency
+from server.engine.build import build_engine, pick_room
 from server.engine.engine import Engine, GenerationRequest
+from server.engine.memory import DeviceMemory
+from server.engine.residency import CODED_CONTEXT
 from server.model.coded import CodedLayers
 from server.model.llama import Llama
 from server.model.load import load_model
@@ -122,11 +127,11 @@ def loaded(packed: Path) -> tuple[CodedLayers, list[torch.Tensor]]:
 def test_integers_are_there_once(loaded: tuple[CodedLayers, list[torch.Tensor]]) -> None:
     layers, before = loaded
     matrices = [m for number in sorted(layers.coded) for m in layers.coded[number].matrices]
-    assert len(matrices) == len(before) and all(m.matrix.integers.numel() == 0 for m in matrices)
+    assert len(matrices) == len(before) and all(m.store.integers.numel() == 0 for m in matrices)
     assert sum(layer.decoded_bytes for layer in layers.coded.values()) == sum(x.nbytes for x in before)
     layers.keep_decoded(sorted(layers.coded))
     assert not layers.coded and layers.arena_bytes == layers.coded_bytes == 0
-    assert all(torch.equal(m.matrix.integers, x) for m, x in zip(matrices, before, strict=True))
+    assert all(torch.equal(m.store.integers, x) for m, x in zip(matrices, before, strict=True))
 
 
 def test_one_layer_is_decoded_where_it_is_asked_for(loaded: tuple[CodedLayers, list[torch.Tensor]]) -> None:
@@ -134,9 +139,9 @@ def test_one_layer_is_decoded_where_it_is_asked_for(loaded: tuple[CodedLayers, l
     place = sum(len(layers.coded[number].matrices) for number in range(4))
     layers.lend([4])
     for m, expected in zip(layers.coded[4].matrices, before[place:], strict=False):
-        assert torch.equal(m.matrix.integers, expected) and m.matrix.integers.data_ptr() % 64 == 0
+        assert torch.equal(m.store.integers, expected) and m.store.integers.data_ptr() % 64 == 0
     layers.take_back()
-    assert all(m.matrix.integers.numel() == 0 for m in layers.coded[4].matrices)
+    assert all(m.store.integers.numel() == 0 for m in layers.coded[4].matrices)
 
 
 def test_damaged_memory_is_noticed(loaded: tuple[CodedLayers, list[torch.Tensor]]) -> None:
@@ -147,21 +152,82 @@ def test_damaged_memory_is_noticed(loaded: tuple[CodedLayers, list[torch.Tensor]
         layers.lend([3])
 
 
-def test_a_gpu_is_refused_with_the_reason() -> None:
-    class TritonOps:
-        name = "triton"
-
-    config = ServerConfig(model="m", resident="coded")
-    with pytest.raises(OptionError, match="this is triton: there is no entropy decoder for GPUs"):
-        pick_resident(config, TritonOps(), 2)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("backend", "message"), [("cpu", "neither coded nor moved"), ("reference", "as they were loaded")]
 )
 def test_other_back_ends_refuse(packed: Path, backend: str, message: str) -> None:
-    with pytest.raises(OptionError, match=f"needs the native back end on a CPU, this is {backend}: .*{message}"):
+    with pytest.raises(OptionError, match=f"or triton on a GPU, this is {backend}: .*{message}"):
         build(packed, resident="coded", backend=backend)
+
+
+@pytest.fixture
+def bus(monkeypatch: pytest.MonkeyPatch) -> LateBus:
+    """Engines are built as on a GPU whose copies are late, with the native kernels."""
+    found = LateBus()
+
+    def pick(config: ServerConfig, ops: MovableOps, threads: int) -> CodedLayers | None:
+        return None if config.resident == "decoded" else CodedLayers(ops, threads, found)
+
+    monkeypatch.setattr("server.engine.build.pick_resident", pick)
+    return found
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 6])
+def test_on_a_card_as_many_layers_stay_decoded_as_have_room(
+    packed: Path, bus: LateBus, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at no time does it hold more than that."""
+    peaks: list[int] = []
+
+    def settle(model: Llama, layers: CodedLayers, kv_dtype: torch.dtype, tolerance: float, *rest: object) -> None:
+        half = layers.arena_bytes // 2
+        assert bus.live_bytes == 2 * half  # while the workspace was measured
+        bus.peak_bytes = 0
+        found = residency.settle(model, layers, kv_dtype, tolerance, (2 + kept) * half)
+        peaks.append(bus.peak_bytes)
+        assert found.for_room == len(found.coded) == 9 - kept
+        assert bus.live_bytes <= (2 + kept) * half
+
+    monkeypatch.setattr("server.engine.build.settle", settle)
+    engine = build(packed, resident="coded", resident_tolerance=0.0)
+    ledger = engine.info.ledger
+    assert ledger["host_coded"] > 0 and ledger["coded"] == 0
+    assert ledger["host_staging"] == ledger["arena"] > 0
+    assert peaks[0] <= (2 + kept) * (ledger["arena"] // 2)
+    decoded = build(packed)
+    assert decoded.info.ledger["host_coded"] == decoded.info.ledger["host_staging"] == 0
+    assert answers(engine) == answers(decoded)
+
+
+def test_on_a_card_with_room_nothing_is_coded(packed: Path, bus: LateBus) -> None:
+    engine = build(packed, resident="coded", resident_tolerance=0.0)
+    assert engine.info.ledger["host_coded"] == engine.info.ledger["host_staging"] == engine.info.ledger["arena"] == 0
+    assert answers(engine) == answers(build(packed))
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [({}, CODED_CONTEXT + 16), ({"max_model_len": 9000}, 9016), ({"kv_memory": 5 * MIB}, None)],
+)
+def test_room_for_layers_is_what_steps_and_cache_leave(options: dict[str, int], tokens: int | None) -> None:
+    config = ServerConfig(model="m", memory_budget=1000 * MIB, **options)  # type: ignore[arg-type]
+    memory = DeviceMemory(total=8000 * MIB, free=7000 * MIB, process=300 * MIB)
+    cache = 5 * MIB if tokens is None else 1000 * tokens
+    left = (1000 - 300 - 32 - 20 - 40) * MIB - cache  # the margin: 32 MiB and 2 %
+    assert pick_room(config, memory, 40 * MIB, 1000, config.max_model_len or 131072) == left
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_gpu_answers_as_with_decoded_layers(packed: Path, tolerance: float) -> None:
+    """At 0 a step is recorded as without the option; at 1 none is, and nothing of the layers' integers stays there."""
+    gpu = {"device": "cuda", "backend": "triton", "memory_budget": None, "kv_memory": 64 * MIB}
+    engine = build(packed, resident="coded", resident_tolerance=tolerance, **gpu)
+    ledger = engine.info.ledger
+    assert (ledger["host_coded"] > 0) == (tolerance == 1.0) == (ledger["graphs"] == 0)
+    assert min(ledger.values()) >= 0
+    assert answers(engine) == answers(build(packed, **gpu, cuda_graphs=tolerance == 0.0))
 
 
 def test_floats_cannot_be_coded(tmp_path: Path) -> None:
