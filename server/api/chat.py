@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from server.api.answer import Delta, Plan, Prompt
 from server.api.body import JSONRoute
+from server.api.chat_request import ChatCompletionRequest, ChatMessage
 from server.api.chunks import TextChunks
 from server.api.deps import (
     ERRORS,
@@ -26,7 +27,6 @@ from server.api.deps import (
 )
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs
-from server.api.protocol import ChatCompletionRequest, ChatMessage
 from server.api.responses import (
     ChatAnswer,
     ChatChoice,

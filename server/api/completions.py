@@ -13,6 +13,7 @@ from starlette.responses import Response
 from server.api.answer import Delta, Plan, Prompt
 from server.api.body import JSONRoute
 from server.api.chunks import TextChunks
+from server.api.completion_request import CompletionRequest
 from server.api.deps import (
     ERRORS,
     ServiceDep,
@@ -26,7 +27,6 @@ from server.api.deps import (
 )
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import completion_logprobs
-from server.api.protocol import CompletionRequest
 from server.api.responses import Completion, CompletionChoice, Usage
 from server.api.sampling import DEFAULT_COMPLETION_TOKENS, build_params, check_prompt, first_given, resolve_max_tokens
 from server.api.sse import DONE, EventStream, event, until_disconnect

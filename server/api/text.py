@@ -11,9 +11,9 @@ from server.api.body import JSONRoute
 from server.api.chat import render
 from server.api.deps import ERRORS, ServiceDep, check_model, encode, json_answer
 from server.api.logprobs import token_label
-from server.api.protocol import DetokenizeRequest, TokenizeRequest
 from server.api.responses import DetokenizeAnswer, TokenizeAnswer
 from server.api.sampling import first_given
+from server.api.text_request import DetokenizeRequest, TokenizeRequest
 from server.errors import BadRequest
 
 router = APIRouter(route_class=JSONRoute)
