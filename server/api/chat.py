@@ -39,6 +39,8 @@ from server.api.responses import (
 )
 from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
 from server.api.sse import DONE, EventStream, event, until_disconnect
+from server.api.structured import compile_constraint
+from server.core import Grammar
 from server.engine.engine import Engine
 from server.tokenizer import Tokenizer
 
@@ -56,12 +58,13 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     engine, tokenizer = service.ready()
     n = first_given(body.n, default=1)
     check_num_sequences(service, n=n, num_prompts=1)
+    grammar = await compile_constraint(body, service)
     plan = Plan(
         response_id=new_id("chatcmpl"),
-        prompts=[await _prepare(body, engine, tokenizer)],
+        prompts=[await _prepare(body, engine, tokenizer, grammar)],
         n=n,
         stop=body.stop,
-        continuing=bool(body.continue_final_message),
+        continuing=bool(body.continue_final_message) or grammar is not None,  # matched text keeps a leading space
         deadline_s=deadline_s,
     )
     call = _Call(body, plan, service, engine, tokenizer)
@@ -91,7 +94,9 @@ async def render(
     )
 
 
-async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Tokenizer) -> Prompt:
+async def _prepare(
+    body: ChatCompletionRequest, engine: Engine, tokenizer: Tokenizer, grammar: Grammar | None
+) -> Prompt:
     ids = await render(
         tokenizer,
         body.messages,
@@ -115,6 +120,7 @@ async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Token
         prompt_logprobs=None,
         defaults=tokenizer.sampling_defaults,
         info=engine.info,
+        grammar=grammar,
     )
     return Prompt(ids, params)
 

@@ -30,6 +30,8 @@ from server.api.logprobs import completion_logprobs
 from server.api.responses import Completion, CompletionChoice, Usage
 from server.api.sampling import DEFAULT_COMPLETION_TOKENS, build_params, check_prompt, first_given, resolve_max_tokens
 from server.api.sse import DONE, EventStream, event, until_disconnect
+from server.api.structured import compile_constraint
+from server.core import Grammar
 from server.engine.engine import Engine
 from server.tokenizer import Tokenizer
 
@@ -47,9 +49,10 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     engine, tokenizer = service.ready()
     n = first_given(body.n, default=1)
     check_num_sequences(service, n=n, num_prompts=len(body.prompt))
+    grammar = await compile_constraint(body, service)
     plan = Plan(
         response_id=new_id("cmpl"),
-        prompts=[await _prepare(body, prompt, engine, tokenizer) for prompt in body.prompt],
+        prompts=[await _prepare(body, prompt, engine, tokenizer, grammar) for prompt in body.prompt],
         n=n,
         stop=body.stop,
         continuing=True,
@@ -62,7 +65,9 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     return json_answer(await until_disconnect(request.receive, call.collect()))
 
 
-async def _prepare(body: CompletionRequest, prompt: str | list[int], engine: Engine, tokenizer: Tokenizer) -> Prompt:
+async def _prepare(
+    body: CompletionRequest, prompt: str | list[int], engine: Engine, tokenizer: Tokenizer, grammar: Grammar | None
+) -> Prompt:
     if isinstance(prompt, str):
         with_bos = first_given(body.add_special_tokens, default=True)
         ids = await encode(tokenizer, prompt, add_special_tokens=with_bos)
@@ -84,6 +89,7 @@ async def _prepare(body: CompletionRequest, prompt: str | list[int], engine: Eng
         prompt_logprobs=body.logprobs if body.echo else None,
         defaults=tokenizer.sampling_defaults,
         info=engine.info,
+        grammar=grammar,
     )
     text = "" if not body.echo else prompt if isinstance(prompt, str) else tokenizer.decode(ids)
     return Prompt(ids, params, text)

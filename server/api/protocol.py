@@ -21,12 +21,14 @@ from server.api.fields import (
     Seed,
     Stop,
     Temperature,
+    Text,
     TokenCount,
     TokenId,
     TopK,
     TopP,
     not_served,
 )
+from server.api.structured import Choices, ResponseFormat, SchemaOrText, StructuredOutputs
 
 Off = Annotated[Any, not_served(False)]
 Absent = Annotated[Any, not_served()]
@@ -71,6 +73,14 @@ class GenerationBody(Strict):
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
 
+    # what the text must match: one of these
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaOrText | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+
     # without influence on the answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -78,7 +88,6 @@ class GenerationBody(Strict):
     prompt_cache_key: str | None = None
 
     # known, not served
-    response_format: Annotated[Any, not_served({"type": "text"})] = None
     service_tier: Annotated[Any, not_served("auto", "default")] = None
     store: Off = None
     prompt_cache_retention: Absent = None
@@ -95,11 +104,6 @@ class GenerationBody(Strict):
     priority: Annotated[Any, not_served(0)] = None
     return_token_ids: Off = None
     return_tokens_as_token_ids: Off = None
-    structured_outputs: Absent = None
-    guided_json: Absent = None
-    guided_regex: Absent = None
-    guided_choice: Absent = None
-    guided_grammar: Absent = None
     cache_salt: Absent = None
     kv_transfer_params: Absent = None
     request_id: Absent = None

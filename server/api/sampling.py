@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from server.api.fields import INT64
 from server.api.protocol import GenerationBody
-from server.core import SamplingParams
+from server.core import Grammar, SamplingParams
 from server.engine.engine import ModelInfo
 from server.errors import BadRequest
 from server.tokenizer import SamplingDefaults
@@ -71,6 +71,7 @@ def build_params(
     prompt_logprobs: int | None,
     defaults: SamplingDefaults,
     info: ModelInfo,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The parameters of one sequence. Raises BadRequest for ids outside the vocabulary."""
     for token_id in body.logit_bias:
@@ -105,6 +106,7 @@ def build_params(
         eos_token_ids=frozenset() if body.ignore_eos else frozenset(info.eos_token_ids),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

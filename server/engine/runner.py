@@ -19,6 +19,7 @@ from server.core import SampledToken, ScheduledBatch, Sequence, StepTimes
 from server.engine import inputs, logprobs, sampler
 from server.engine.graphs import DecodeGraphs
 from server.engine.logprobs import TokenScores
+from server.engine.mask import MaskFiller, PendingMasks
 from server.engine.transfer import Download, upload
 from server.model.llama import Llama
 
@@ -38,6 +39,7 @@ class ModelRunner:
         self._graphs = graphs
         self._page_tables = inputs.PageTables()
         self._newest: sampler.Draw | None = None  # of the step launched last, if that draws
+        self._mask_filler = MaskFiller(model.spec.vocab_size)
         self.runs_ahead = model.ops.device.type == "cuda"  # a CPU would compute both steps on the same cores
 
     def launch(self, batch: ScheduledBatch, times: StepTimes) -> PendingRun:
@@ -76,10 +78,17 @@ class ModelRunner:
             return None, scores
         return model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), scores
 
+    def begin_masks(self, batch: ScheduledBatch) -> PendingMasks | None:
+        """Begin to work out, beside the model, which tokens may be drawn; None where every row may have any."""
+        return self._mask_filler.begin(batch)
+
     @torch.inference_mode()
-    def draw(self, batch: ScheduledBatch, logits: Tensor | None) -> sampler.Draw | None:
-        """Begin to draw one token per sampling work and guess, in order."""
-        self._newest = None if logits is None else sampler.Draw(logits, drawing_sequences(batch))
+    def draw(
+        self, batch: ScheduledBatch, logits: Tensor | None, pending_masks: PendingMasks | None
+    ) -> sampler.Draw | None:
+        """Begin to draw one token per sampling work and guess, in order; waits for the masks."""
+        masks = None if pending_masks is None else pending_masks.result()
+        self._newest = None if logits is None else sampler.Draw(logits, drawing_sequences(batch), masks)
         return self._newest
 
     def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> list[TokenScores]:
@@ -125,9 +134,10 @@ class PendingRun:
     def compute(self) -> PromptScores:
         """Run the model and begin to draw, or set the device doing it."""
         started = time.monotonic()
+        masks = self.runner.begin_masks(self.batch)
         logits, self.scores = self.runner.compute(self.batch, self.host)
         ran = time.monotonic()
-        self.draw = self.runner.draw(self.batch, logits)
+        self.draw = self.runner.draw(self.batch, logits, masks)
         self.times.run = ran - started
         self.times.sample = time.monotonic() - ran
         return self.scores

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from server.core import SampledToken, Sequence
-from server.engine import draw, logprobs, penalties
+from server.engine import draw, logprobs, mask, penalties
 from server.engine.transfer import Column, Download, upload
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow the logits
@@ -59,7 +59,7 @@ class Draw:
 
     ids: Tensor  # int64 [R], on the device
 
-    def __init__(self, logits: Tensor, sequences: list[Sequence]) -> None:
+    def __init__(self, logits: Tensor, sequences: list[Sequence], masks: mask.Masks | None = None) -> None:
         """Begin, without a wait. May overwrite the logits; looks at the sequences now, not later."""
         whole, cut, self._scored, self._num_top = _sort_rows(sequences)
         adjustments = penalties.collect(sequences, logits.shape[1])
@@ -67,17 +67,21 @@ class Draw:
         self._raw: Tensor | None = None  # log-probabilities of the rows to score
         self._cut_rows, self._cut = cut.index, list[Tensor]()  # rows drawn from the best, and what they ask for
         self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), logits.shape[1]))
-        if not (whole.index or cut.index or self._scored or adjustments):
+        if not (whole.index or cut.index or self._scored or adjustments or masks):
             self.ids = draw.greedy(logits)
             self._result = Download([self.ids])
             return
         changes = () if adjustments is None else adjustments.columns
-        columns = upload([*whole.columns, *cut.columns, self._scored, *changes], logits.device)
-        to_whole, self._cut, self._to_scored, to_change = columns[:6], columns[6:12], columns[12], columns[13:]
+        forbidden = () if masks is None else masks.columns
+        columns = upload([*whole.columns, *cut.columns, self._scored, *changes, *forbidden], logits.device)
+        to_whole, self._cut, self._to_scored = columns[:6], columns[6:12], columns[12]
+        to_change, to_forbid = columns[13 : 13 + len(changes)], columns[13 + len(changes) :]
         if self._scored:
             self._raw = torch.log_softmax(logits[self._to_scored], -1)
         if to_change:
             penalties.apply(logits, *to_change)
+        if to_forbid:
+            mask.apply(logits, *to_forbid)
         # every row has a best token, drawn or not; where all are drawn the place is only filled
         drawn = len(whole.index) + len(cut.index)
         self.ids = draw.greedy(logits) if drawn < len(sequences) else torch.empty_like(logits[:, 0], dtype=torch.int64)

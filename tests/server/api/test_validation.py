@@ -84,8 +84,9 @@ COMPLETION_REFUSALS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"best_of": True}, "best_of", "n"),
     # known, not served
     ({"suffix": "end"}, "suffix", "support"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "text"),
-    ({"guided_json": {}}, "guided_json", "support"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "goes with"),
+    ({"guided_json": [1]}, "guided_json", "schema"),
     ({"use_beam_search": True}, "use_beam_search", "support"),
     ({"prompt_logprobs": 1}, "prompt_logprobs", "support"),
     ({"skip_special_tokens": False}, "skip_special_tokens", "true"),
