@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from server.errors import BadRequest
 
-MAX_CHARS = 1 << 17  # a schema of 128 KiB with 4,000 required properties compiles in 0.3 s (Zen 3)
+MAX_CHARS = 1 << 17  # a schema of so many compiles in 0.3 s (Zen 3)
 MAX_GBNF_CHARS = 1 << 14  # translated in Python, at worst in a time that grows with the square: 0.5 s
 MAX_DEPTH = 100
-MAX_PROPERTIES = 4_000  # of one object; compiling optional ones grows with the square: 1,000 take 0.1 s
+MAX_MEMBERS = 1_000  # of one object; compiling optional properties grows with the square: 1,000 take 0.1 s (Zen 3)
 WHITE_SPACE = r"( |\n[ \t]{0,40})"
 
-_LARK_LINE = re.compile(r"[ \t]*(%llguidance\b|start[ \t]*:)")
+_LARK_LINE = re.compile(r"[ \t]*start[ \t]*:")
 
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 
@@ -35,13 +35,15 @@ class Constraint:
 
 
 def to_llguidance(constraint: Constraint) -> str:
-    """The constraint in llguidance's own form. Raises BadRequest for what is too large or no such notation."""
+    """The constraint in llguidance's own form. Raises BadRequest for what is too large or no such notation.
+
+    Text that is the only one possible is not forced, token by token, as the tokenizer would cut it: the model chooses
+    among the ways to spell it. Forcing would work out the whole text for each token, and (a{1000}){1000} is one text.
+    """
     import llguidance
 
     if len(constraint.text) > MAX_CHARS:
         raise _refusal(constraint, f"it has {len(constraint.text)} characters, the limit is {MAX_CHARS}")
-    if constraint.kind == "regex":
-        return str(llguidance.LLMatcher.grammar_from_regex(constraint.text))
     if constraint.kind == "json_schema":
         schema = json.loads(constraint.text)
         _check_size(constraint, schema)
@@ -51,11 +53,15 @@ def to_llguidance(constraint: Constraint) -> str:
             "lenient": False,
             "coerce_one_of": False,
         }
-        return str(llguidance.LLMatcher.grammar_from_json_schema(constraint.text, overrides=options))
-    if constraint.kind == "choice":
-        lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(constraint.text))
-        return str(llguidance.LLMatcher.grammar_from_lark(lark))
-    return str(llguidance.LLMatcher.grammar_from_lark(_to_lark(constraint)))
+        made = json.loads(llguidance.LLMatcher.grammar_from_json_schema(constraint.text, overrides=options))
+        rule = f"start: %json {json.dumps(made['grammars'][0]['json_schema'])}"
+    elif constraint.kind == "regex":
+        rule = f"start: /{llguidance.regex_to_lark(constraint.text)}/"
+    elif constraint.kind == "choice":
+        rule = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(constraint.text))
+    else:
+        rule = _to_lark(constraint)
+    return str(llguidance.LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{rule}'))
 
 
 def _to_lark(constraint: Constraint) -> str:
@@ -63,6 +69,8 @@ def _to_lark(constraint: Constraint) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     text = constraint.text
+    if "%llguidance" in text:
+        raise _refusal(constraint, "the directive %llguidance is not served")
     if any(map(_LARK_LINE.match, text.splitlines())):
         return text
     if len(text) > MAX_GBNF_CHARS:
@@ -70,7 +78,7 @@ def _to_lark(constraint: Constraint) -> str:
             constraint, f"in GBNF a grammar may have {MAX_GBNF_CHARS} characters; this has no line that begins start:"
         )
     try:
-        return gbnf_to_lark(text)
+        return gbnf_to_lark(text).replace("%llguidance {}", "", 1)
     except Exception as error:  # what it raises is of no class of its own
         raise _refusal(constraint, " ".join(str(error).split())[:500]) from error
 
@@ -79,8 +87,8 @@ def _check_size(constraint: Constraint, schema: Any) -> None:
     level: list[Any] = [schema]
     for _ in range(MAX_DEPTH):
         for value in level:
-            if isinstance(value, dict) and len(value) > MAX_PROPERTIES:
-                raise _refusal(constraint, f"an object in it has {len(value)} members, the limit is {MAX_PROPERTIES}")
+            if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+                raise _refusal(constraint, f"an object in it has {len(value)} members, the limit is {MAX_MEMBERS}")
         level = [
             inner
             for value in level

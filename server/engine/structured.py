@@ -50,10 +50,6 @@ class Vocabulary(Protocol):
         """Whether a token is a control token, which text does not show."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class CompiledGrammar:
@@ -160,7 +156,7 @@ class GrammarCompiler:
 
 
 class _TokenTable:
-    """The vocabulary in llguidance's form. It asks for the usual tokens of text that is the only one possible."""
+    """The vocabulary in llguidance's form."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -170,24 +166,10 @@ class _TokenTable:
         self.eos_token_id = eos_token_id
         self.tokens = [vocabulary.token_bytes(i) for i in range(known)] + [b""] * (vocab_size - known)
         self.special_token_ids = [i for i in range(known) if vocabulary.is_special(i)]
-        self._vocabulary = vocabulary
-        self._ids_of_bytes = {token: i for i, token in reversed(list(enumerate(self.tokens))) if token}
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        """Ids whose bytes are the text's: as the tokenizer cuts it behind another character, or byte by byte.
-
-        Alone, text at the start would get the space that some tokenizers put there.
-        """
-        data = text.encode() if isinstance(text, str) else text
-        ids = self._vocabulary.encode(_ANCHOR + data.decode("utf-8", "replace"), add_special_tokens=False)
-        ids = [i for i in ids if i < len(self.tokens)]
-        for start in range(1, len(ids) + 1):
-            if b"".join([self.tokens[i] for i in ids[start:]]) == data:
-                return ids[start:]
-        return [self._ids_of_bytes[data[i : i + 1]] for i in range(len(data)) if data[i : i + 1] in self._ids_of_bytes]
-
-
-_ANCHOR = "\x02"  # in no vocabulary part of a longer token
+    def __call__(self, text: str) -> list[int]:
+        """Would cut text that is forced, which `server.engine.notation` turns off."""
+        raise AssertionError("no text is forced")
 
 
 def _make_tokens(vocabulary: Vocabulary, vocab_size: int, eos_token_ids: list[int]) -> Any:
