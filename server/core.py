@@ -39,14 +39,18 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()  # the model's own; empty under ignore_eos
+    allowed_token_ids: tuple[int, ...] = ()  # nothing else may be drawn; empty = all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences whose last token may not follow the others
     logprobs: int | None = None  # None = none; k = the sampled token and the k best
+    logprob_token_ids: tuple[int, ...] = ()  # score these in place of the k best
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
     @property
     def needs_host(self) -> bool:
         """Whether a step needs what the one before brought to the host: tokens to penalise, or how far scores go."""
         penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        return penalised or self.prompt_logprobs is not None
+        looks_back = penalised or any(len(word) > 1 for word in self.bad_words)
+        return looks_back or self.prompt_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class TokenLogprobs:
 
     logprob: float  # of the token that stands there
     rank: int  # 1 = the most likely
-    top: tuple[tuple[int, float], ...]  # the k best, best first
+    top: tuple[tuple[int, float], ...]  # the k best, best first; or those of `logprob_token_ids`, in their order
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ class Sequence:
     params: SamplingParams
     timings: Timings
     deadline_s: float | None = None  # monotonic seconds
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # pages are shared only among sequences of the same salt
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache at first admission
     num_preemptions: int = 0

@@ -100,23 +100,28 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Ids of a conversation through the chat template.
+        """Ids of a conversation through the chat template, the model's or `chat_template`, in Jinja's sandbox.
 
-        Control tokens spelled out in a message are encoded as plain text, so a message cannot forge a turn.
-        Raises BadRequest where the template refuses the messages.
+        Control tokens spelled out in a message or in the `variables` (`documents` among them) are encoded as plain
+        text, so a message cannot forge a turn. Raises BadRequest where the template fails.
         """
         try:
             with self._lock:
                 ids = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
-                    chat_template=self.chat_template,
+                    chat_template=self.chat_template if chat_template is None else chat_template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     sanitize_control_tokens=True,
                     return_dict=False,
+                    **(variables or {}),
                 )
         except TEMPLATE_FAILURES as error:
+            if chat_template is not None:
+                raise BadRequest(f"chat_template fails: {str(error)[:500]}", param="chat_template") from error
             raise BadRequest(
                 f"the model's chat template does not accept these messages: {str(error)[:500]}", param="messages"
             ) from error

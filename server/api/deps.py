@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from server.api.generate import TokenCounts
+from server.api.protocol import GenerationBody
 from server.api.responses import Answer, ErrorAnswer, PromptTokensDetails, Usage
 from server.errors import BadRequest, NotFound
 from server.tokenizer import Tokenizer
@@ -78,6 +79,12 @@ def new_id(prefix: str) -> str:
 def json_answer(answer: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A response model as a response."""
     return Response(answer.to_json(), status, headers, media_type="application/json")
+
+
+def usage_wanted(body: GenerationBody) -> tuple[bool, bool]:
+    """Whether a stream ends with the usage, and whether each of its chunks carries the usage so far."""
+    options = body.stream_options
+    return (False, False) if options is None else (bool(options.include_usage), bool(options.continuous_usage_stats))
 
 
 def usage_of(counts: TokenCounts) -> Usage:
