@@ -82,8 +82,6 @@ class Sequence:
     params: SamplingParams
     timings: Timings
     deadline_s: float | None = None  # monotonic seconds
-    priority: int = 0  # lower goes first
-    cache_salt: str | None = None  # pages are shared only among sequences of the same salt
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache at first admission
     num_preemptions: int = 0
@@ -92,6 +90,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     max_len: int = 0  # tokens with which it ends at the latest, and the tokens that end it sooner: the scheduler
     end_ids: frozenset[int] = frozenset()  # sets both once, since it looks at them with every token
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # pages are shared only among sequences of the same salt
 
     @property
     def num_pending_tokens(self) -> int:

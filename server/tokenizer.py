@@ -29,6 +29,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+CONFIG_NAMES = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
+                "model_max_length", "padding_side", "truncation_side")  # fmt: skip
+
 # A template is a program of the model's author; these are what running it on a client's messages can raise.
 TEMPLATE_FAILURES = (
     jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError,
@@ -88,6 +91,23 @@ class Tokenizer:
     def __len__(self) -> int:
         """Entries of the vocabulary, added tokens included."""
         return len(self._tokenizer)
+
+    def info(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of the vocabulary, with the template in force; no paths of this machine."""
+        tokenizer = self._tokenizer
+        known = {name: tokenizer.init_kwargs[name] for name in CONFIG_NAMES if name in tokenizer.init_kwargs}
+        tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return {
+            **known,
+            **tokens,
+            "tokenizer_class": type(tokenizer).__name__,
+            "chat_template": self.chat_template,
+            "vocab_size": len(self),
+            "added_tokens_decoder": {
+                str(token_id): {"content": token.content, "special": token.special}
+                for token_id, token in tokenizer.added_tokens_decoder.items()
+            },
+        }
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; `add_special_tokens` puts what the model expects in front (BOS)."""

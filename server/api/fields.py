@@ -18,7 +18,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_NAMED_IDS = 128  # of stop_token_ids and logprob_token_ids
-MAX_BAD_WORDS = 256
+MAX_ALLOWED_IDS = 1024  # every step sends them to the device: 64 sequences with so many cost it 65,536 numbers
+MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
 
 # What the renderer takes itself (`transformers`' apply_chat_template), or has a field of its own here.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.fields import (
+    MAX_ALLOWED_IDS,
     MAX_BAD_WORDS,
     MAX_NAMED_IDS,
     BadWord,
@@ -84,7 +85,7 @@ class GenerationBody(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias = Field(default_factory=dict)
-    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_IDS)
     bad_words: list[BadWord] | None = Field(None, max_length=MAX_BAD_WORDS)
     # ending
     min_tokens: TokenCount | None = None

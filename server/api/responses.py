@@ -190,6 +190,17 @@ class TokenizeAnswer(Answer):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(Answer):
+    """Answer of /tokenizer_info: these and what else the model's tokenizer_config.json says."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str
+    vocab_size: int
+    added_tokens_decoder: dict[str, dict[str, str | bool]]
+
+
 class DetokenizeAnswer(Answer):
     """Answer of /detokenize."""
 
