@@ -56,13 +56,13 @@ def read_deadline(request: Request, service: Service) -> float | None:
     return None if limit is None else time.monotonic() + limit
 
 
-def check_num_sequences(service: Service, *, n: int, num_prompts: int) -> None:
+def check_num_sequences(service: Service, *, n: int, num_prompts: int, param: str = "prompt") -> None:
     """Raise BadRequest where one call asks for more answers than the operator allows."""
     limit = service.config.max_sequences_per_request
     if n * num_prompts > limit:
         raise BadRequest(
             f"{num_prompts} prompts with n {n} are {n * num_prompts} answers; the limit is {limit} a request",
-            param="n" if n > 1 else "prompt",
+            param="n" if n > 1 else param,
         )
 
 

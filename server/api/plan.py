@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from server.api.answer import Plan, Prompt
 from server.api.deps import new_id
-from server.api.protocol import GenerationBody
+from server.api.protocol import GenerationBody, PromptOptions
 from server.api.sampling import first_given
 from server.detokenizer import TextStyle
 from server.engine.engine import ModelInfo
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from server.service import Service
 
 
-def check_priority(service: Service, body: GenerationBody) -> None:
+def check_priority(service: Service, body: PromptOptions) -> None:
     """Raise BadRequest for a priority where requests are served in the order of their arrival."""
     if body.priority and service.config.scheduling_policy != "priority":
         raise BadRequest(
@@ -70,7 +70,7 @@ def make_plan(
     )
 
 
-def truncate(ids: list[int], body: GenerationBody, info: ModelInfo, *, max_tokens: int) -> list[int]:
+def truncate(ids: list[int], body: PromptOptions, info: ModelInfo, *, max_tokens: int) -> list[int]:
     """The last tokens of a prompt (the first, where `truncation_side` is right), as many as the body wants kept.
 
     -1 keeps what leaves room for `max_tokens` in the context.

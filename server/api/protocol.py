@@ -67,7 +67,24 @@ class StreamOptions(Strict):
         return self
 
 
-class GenerationBody(Strict):
+class PromptOptions(Strict):
+    """What may be said of a prompt, whatever becomes of it."""
+
+    truncate_prompt_tokens: PromptLimit | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
+
+    @model_validator(mode="after")
+    def _truncation_has_a_limit(self) -> PromptOptions:
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise refusal("truncation_side", "truncation_side needs truncate_prompt_tokens")
+        if self.truncate_prompt_tokens == 0:
+            raise refusal("truncate_prompt_tokens", "0 would leave no prompt; send the tokens to keep, or -1")
+        return self
+
+
+class GenerationBody(PromptOptions):
     """What completions and chat completions share."""
 
     model: str
@@ -92,9 +109,7 @@ class GenerationBody(Strict):
     stop: Stop = Field(default_factory=list)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_NAMED_IDS)
     ignore_eos: bool | None = None
-    # the prompt, and what stands beside the text
-    truncate_prompt_tokens: PromptLimit | None = None
-    truncation_side: Literal["left", "right"] | None = None
+    # what stands beside the text
     prompt_logprobs: Logprobs | None = None
     logprob_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=MAX_NAMED_IDS)
     return_token_ids: bool | None = None
@@ -103,10 +118,7 @@ class GenerationBody(Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    # the way through the server
-    request_id: RequestId | None = None
-    priority: Priority | None = None
-    cache_salt: Salt | None = None
+    request_id: RequestId | None = None  # the end of the answer's id
 
     # without influence on the answer
     user: str | None = None
@@ -141,8 +153,4 @@ class GenerationBody(Strict):
             raise refusal("stream_options", "stream_options needs stream: true")
         if self.stream and self.prompt_logprobs is not None:
             raise refusal("prompt_logprobs", "prompt_logprobs are not sent in streams; leave out stream")
-        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
-            raise refusal("truncation_side", "truncation_side needs truncate_prompt_tokens")
-        if self.truncate_prompt_tokens == 0:
-            raise refusal("truncate_prompt_tokens", "0 would leave no prompt; send the tokens to keep, or -1")
         return self

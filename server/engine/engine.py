@@ -25,6 +25,7 @@ class ModelInfo:
 
     max_model_len: int  # tokens, prompt and answer
     vocab_size: int
+    hidden_size: int
     eos_token_ids: tuple[int, ...]
     block_size: int
     num_blocks: int

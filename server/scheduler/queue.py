@@ -79,8 +79,8 @@ class WaitingQueue:
         for position, sequence in enumerate(self.waiting):
             if position >= reach:
                 return None
-            scores = sequence.params.prompt_logprobs is not None  # then every prompt token has to be run
-            shared = [] if scores else self._blocks.match_prefix(sequence.token_ids, sequence.cache_salt)
+            ids = [] if sequence.params.reads_prompt else sequence.token_ids
+            shared = self._blocks.match_prefix(ids, sequence.cache_salt)
             if not self._fits(sequence, shared, reserve, alone):
                 continue
             self.leave(sequence, overtaking=position > 0)

@@ -128,3 +128,17 @@ def test_a_template_of_the_request(client: openai.OpenAI) -> None:
     )
     text = complete(client, "Once upon the sea", max_tokens=8, return_token_ids=True).choices[0]
     assert answer.prompt_token_ids == text.prompt_token_ids  # type: ignore[attr-defined]
+
+
+def test_embeddings_of_like_texts_are_near(client: openai.OpenAI) -> None:
+    texts = ["The captain looked at the sea.", "The captain looked at the ocean.", "Numbers: 7 19 4 88 23 5"]
+    answer = client.embeddings.create(model="demo", input=texts)
+    a, b, c = (item.embedding for item in answer.data)
+    assert sum(x * x for x in a) == pytest.approx(1, abs=1e-5)
+
+    def cosine(left: list[float], right: list[float]) -> float:
+        return sum(x * y for x, y in zip(left, right, strict=True))
+
+    assert cosine(a, b) > cosine(a, c)
+    alone = client.embeddings.create(model="demo", input=texts[0], encoding_format="float").data[0].embedding
+    assert alone == pytest.approx(a, abs=1e-5)

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.admin import STALLED_AFTER_S
+from server.tokenizer import DEFAULT_CHAT_TEMPLATE
 
 
 def test_models(bench: Any) -> None:
@@ -174,12 +175,8 @@ def test_tokenizer_info_is_a_tokenizer_config_without_paths(bench: Any) -> None:
     assert "/" not in "".join(str(v) for k, v in body.items() if k not in ("chat_template", "added_tokens_decoder"))
 
 
-def test_a_model_without_a_template_gets_the_stated_one(bench: Any, tmp_path: Any) -> None:
-    from conftest import byte_tokenizer_folder
-
-    from server.tokenizer import DEFAULT_CHAT_TEMPLATE, Tokenizer
-
-    bench.service.tokenizer = Tokenizer(byte_tokenizer_folder(tmp_path, chat_template=None))
+def test_a_model_without_a_template_gets_the_stated_one(bench: Any, plain_tokenizer: Any) -> None:
+    bench.service.tokenizer = plain_tokenizer
     assert bench.client.get("/tokenizer_info").json()["chat_template"] == DEFAULT_CHAT_TEMPLATE
     bench.chat()
     prompt = bytes(i for i in bench.engine.requests[-1].prompt_ids if i < 256).decode()
