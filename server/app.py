@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from server.api import admin, chat, completions, text
+from server.api import admin, chat, completions, embeddings, load, text
 from server.api.failures import install_handlers
 from server.api.middleware import ApiKey, BodyLimit, RequestContext, Shed
 
@@ -39,8 +39,8 @@ def create_app(service: Service) -> FastAPI:
         status=service.status,
         info=lambda: None if service.engine is None else service.engine.info,
     )
-    for router in (completions.router, chat.router, text.router, admin.router):
-        app.include_router(router)
+    for module in (completions, chat, embeddings, text, load, admin):
+        app.include_router(module.router)
     install_handlers(app, service.metrics)
     app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)  # the last one added is outermost
     app.add_middleware(Shed, check_room=service.check_room, metrics=service.metrics)

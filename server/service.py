@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from server.config import ServerConfig
 from server.engine.engine import Engine
+from server.engine.structured import GrammarCompiler
 from server.errors import EngineError, Overloaded
 from server.metrics import Metrics
 from spq.sizes import format_bytes
@@ -83,6 +84,7 @@ class Service:
         self.metrics = Metrics(self.served_names[0])
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer | None = None
+        self._grammars: GrammarCompiler | None = None
         self.on_failure: Callable[[], None] = lambda: None  # called on the start-up thread
         self._clock = _Clock()
         self._lock = threading.Lock()
@@ -129,6 +131,15 @@ class Service:
         """Raise Overloaded where one more sequence would find the queue full."""
         if self.engine is not None:
             self.engine.check_room()
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """What compiles schemas and grammars for the model. Raises as `ready` does."""
+        engine, tokenizer = self.ready()
+        if self._grammars is None:
+            info = engine.info
+            self._grammars = GrammarCompiler(tokenizer, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
+        return self._grammars
 
     def start(self) -> None:
         """Begin start-up in a thread; outputs will be delivered on the running event loop."""

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings"})
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
 
 

@@ -16,7 +16,7 @@ from server.core import FinishReason, SamplingParams, Sequence, StepOutput, Timi
 from server.engine.loop import EngineLoop
 from server.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
 
-TERMINAL_ERRORS = (FinishReason.ERROR, FinishReason.DEADLINE)
+TERMINAL_ERRORS = (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.GRAMMAR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class ModelInfo:
 
     max_model_len: int  # tokens, prompt and answer
     vocab_size: int
+    hidden_size: int
     eos_token_ids: tuple[int, ...]
     block_size: int
     num_blocks: int
@@ -63,13 +64,16 @@ class GenerationRequest:
     prompt_ids: list[int]
     params: SamplingParams
     deadline_s: float | None = None  # monotonic seconds
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None
 
 
 class Generation(AsyncIterator[list[StepOutput]]):
     """The tokens of one request as they come: at each turn all that are there, at least one, in order.
 
-    The last output has its finish_reason set. Iteration raises EngineError or DeadlineExceeded where the sequence could
-    not be finished. Whoever stops early calls `abort`: there is no other way to cancel.
+    The last output has its finish_reason set. Iteration raises EngineError, DeadlineExceeded or BadRequest (what the
+    text must match is too complex) where the sequence could not be finished. Whoever stops early calls `abort`: there
+    is no other way to cancel.
     """
 
     def __init__(self, engine: Engine, sequence: Sequence) -> None:
@@ -107,6 +111,9 @@ class Generation(AsyncIterator[list[StepOutput]]):
                 f"the request's deadline passed after {waited:.1f} s with {self.sequence.num_output_tokens} tokens "
                 "generated; allow more time, ask for fewer tokens, or try when the server is less busy"
             )
+        grammar = self.sequence.params.grammar
+        if output.finish_reason is FinishReason.GRAMMAR and grammar is not None:
+            raise BadRequest(output.error or "", param=grammar.param, code="grammar_too_complex")
         if output.finish_reason is FinishReason.ERROR:
             raise EngineError(output.error or "the engine failed")
 
@@ -179,6 +186,8 @@ class Engine:
                 params=request.params,
                 timings=Timings(arrived_s=now),
                 deadline_s=request.deadline_s,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
             )
             generation = Generation(self, sequence)
             assert request.request_id not in self._generations, "request ids must be unique"

@@ -186,12 +186,24 @@ class EngineLoop:
         """Wait for a step and book it. Its time counts from its turn's start, or from the end of the step before."""
         sampled = step.pending.result()
         back_s = time.monotonic()
+        self._end_unmatched(back_s)
         self._outputs += self.scheduler.commit(step.batch, sampled, back_s)
         ended_s = time.monotonic()
         step.times.schedule += ended_s - back_s
         if self._on_step is not None:
             self._on_step(step.batch.num_tokens, ended_s - max(step.started_s, self._landed_s), step.times)
         self._landed_s = ended_s
+
+    def _end_unmatched(self, now_s: float) -> None:
+        """End sequences that cannot be matched any further, before what was drawn for them is booked."""
+        matched = [(s, s.matcher.failure) for s in self.scheduler.flight.bound if s.matcher is not None]
+        for sequence, failure in matched:
+            if failure is not None:
+                sequence.timings.finished_s = now_s
+                self.scheduler.end(sequence, FinishReason.GRAMMAR)
+                self._outputs.append(
+                    StepOutput(sequence.request_id, None, finish_reason=FinishReason.GRAMMAR, error=failure)
+                )
 
     def _flush(self) -> None:
         if self._outputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,12 +19,21 @@ from server.core import SampledToken, ScheduledBatch, Sequence, StepTimes
 from server.engine import inputs, logprobs, sampler
 from server.engine.graphs import DecodeGraphs
 from server.engine.logprobs import TokenScores
+from server.engine.mask import MaskFiller, PendingMasks
 from server.engine.transfer import Download, upload
 from server.model.llama import Llama
 
 SCORED_ROWS = 64  # prompt rows turned to logits at a time: bounds rows x vocabulary
 
 PromptScores = list[tuple[Sequence, list[TokenScores]]]
+
+
+@dataclass(slots=True)
+class PromptResults:
+    """What a step computed of prompts beside their keys and values, on the device."""
+
+    scores: PromptScores = field(default_factory=list)
+    pooled: list[tuple[Sequence, int, Tensor]] = field(default_factory=list)  # tokens, and their sum float32 [hidden]
 
 
 class ModelRunner:
@@ -38,6 +47,7 @@ class ModelRunner:
         self._graphs = graphs
         self._page_tables = inputs.PageTables()
         self._newest: sampler.Draw | None = None  # of the step launched last, if that draws
+        self._mask_filler = MaskFiller(model.spec.vocab_size)
         self.runs_ahead = model.ops.device.type == "cuda"  # a CPU would compute both steps on the same cores
 
     def launch(self, batch: ScheduledBatch, times: StepTimes) -> PendingRun:
@@ -55,31 +65,41 @@ class ModelRunner:
         return self.launch(batch, StepTimes()).result()
 
     @torch.inference_mode()
-    def compute(self, batch: ScheduledBatch, host: inputs.HostInputs) -> tuple[Tensor | None, PromptScores]:
+    def compute(self, batch: ScheduledBatch, host: inputs.HostInputs) -> tuple[Tensor | None, PromptResults]:
         """The model's part of a step: float32 logits [rows to draw from, vocab], valid until the next step, or None
-        without such rows; and the scores of prompt tokens. On CUDA nothing is waited for."""
+        without such rows; and what is asked for of prompts. On CUDA nothing is waited for."""
         model, drawn = self._model, None
         if self._newest is not None:
             self._newest.forget_logits()
             drawn = self._newest.ids
         if self._graphs is not None and (replayed := self._graphs.run(host, drawn)) is not None:
-            return replayed, []
+            return replayed, PromptResults()
         step = inputs.to_device(host, self._block_size, model.ops.device)
         if host.awaits_tokens:
             inputs.resolve(step.token_ids, drawn)
         hidden = model.forward(step.token_ids, step.positions, host.lengths, step.attention, self._cache)
-        scores = [
-            (batch.work[index].sequence, self._score_prompt(batch.work[index].sequence, hidden[rows]))
-            for index, rows in host.prompt_rows.items()
-        ]
+        found = PromptResults()
+        for index, rows in host.prompt_rows.items():
+            sequence = batch.work[index].sequence
+            found.scores.append((sequence, self._score_prompt(sequence, hidden[rows])))
+        for index, rows in host.pooled_rows.items():
+            states = model.states(hidden[rows]).float()
+            found.pooled.append((batch.work[index].sequence, len(states), states.sum(0)))
         if not host.sample_rows:
-            return None, scores
-        return model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), scores
+            return None, found
+        return model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), found
+
+    def begin_masks(self, batch: ScheduledBatch) -> PendingMasks | None:
+        """Begin to work out, beside the model, which tokens may be drawn; None where every row may have any."""
+        return self._mask_filler.begin(batch)
 
     @torch.inference_mode()
-    def draw(self, batch: ScheduledBatch, logits: Tensor | None) -> sampler.Draw | None:
-        """Begin to draw one token per sampling work and guess, in order."""
-        self._newest = None if logits is None else sampler.Draw(logits, drawing_sequences(batch))
+    def draw(
+        self, batch: ScheduledBatch, logits: Tensor | None, pending_masks: PendingMasks | None
+    ) -> sampler.Draw | None:
+        """Begin to draw one token per sampling work and guess, in order; waits for the masks."""
+        masks = None if pending_masks is None else pending_masks.result()
+        self._newest = None if logits is None else sampler.Draw(logits, drawing_sequences(batch), masks)
         return self._newest
 
     def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> list[TokenScores]:
@@ -120,24 +140,27 @@ class PendingRun:
     host: inputs.HostInputs
     times: StepTimes
     draw: sampler.Draw | None = None
-    scores: PromptScores | None = None  # None until computed
+    found: PromptResults | None = None  # None until computed
 
-    def compute(self) -> PromptScores:
+    def compute(self) -> PromptResults:
         """Run the model and begin to draw, or set the device doing it."""
         started = time.monotonic()
-        logits, self.scores = self.runner.compute(self.batch, self.host)
+        masks = self.runner.begin_masks(self.batch)
+        logits, self.found = self.runner.compute(self.batch, self.host)
         ran = time.monotonic()
-        self.draw = self.runner.draw(self.batch, logits)
+        self.draw = self.runner.draw(self.batch, logits, masks)
         self.times.run = ran - started
         self.times.sample = time.monotonic() - ran
-        return self.scores
+        return self.found
 
     def result(self) -> list[SampledToken]:
-        """Bring the tokens to the host; prompt scores go to `Sequence.prompt_logprobs`."""
-        scores = self.compute() if self.scores is None else self.scores
+        """Bring the tokens to the host; what was computed of prompts goes to their sequences."""
+        found = self.compute() if self.found is None else self.found
         started = time.monotonic()
         tokens = [] if self.draw is None else self.draw.read()
-        for sequence, chunks in scores:
+        for sequence, num_tokens, states in found.pooled:
+            sequence.states.add(Download([states]).wait()[0].tolist(), num_tokens)
+        for sequence, chunks in found.scores:
             for chunk in chunks:
                 sequence.prompt_logprobs += chunk.read(*Download(chunk.tensors).wait())
         self.times.sample += time.monotonic() - started

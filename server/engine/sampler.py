@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from server.core import SampledToken, Sequence
-from server.engine import draw, logprobs, penalties
+from server.engine import draw, logprobs, mask, penalties
 from server.engine.transfer import Column, Download, upload
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow the logits
@@ -59,25 +59,32 @@ class Draw:
 
     ids: Tensor  # int64 [R], on the device
 
-    def __init__(self, logits: Tensor, sequences: list[Sequence]) -> None:
+    def __init__(self, logits: Tensor, sequences: list[Sequence], masks: mask.Masks | None = None) -> None:
         """Begin, without a wait. May overwrite the logits; looks at the sequences now, not later."""
         whole, cut, self._scored, self._num_top = _sort_rows(sequences)
-        adjustments = penalties.collect(sequences, logits.shape[1])
+        self._named = [sequences[row].params.logprob_token_ids for row in self._scored]
+        vocab = logits.shape[1]
+        named = array("q", [i * vocab + token_id for i, ids in enumerate(self._named) for token_id in ids])
+        adjustments = penalties.collect(sequences, vocab)
         self._logits: Tensor | None = logits
         self._raw: Tensor | None = None  # log-probabilities of the rows to score
         self._cut_rows, self._cut = cut.index, list[Tensor]()  # rows drawn from the best, and what they ask for
-        self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), logits.shape[1]))
-        if not (whole.index or cut.index or self._scored or adjustments):
+        self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), vocab))
+        if not (whole.index or cut.index or self._scored or adjustments or masks):
             self.ids = draw.greedy(logits)
             self._result = Download([self.ids])
             return
         changes = () if adjustments is None else adjustments.columns
-        columns = upload([*whole.columns, *cut.columns, self._scored, *changes], logits.device)
-        to_whole, self._cut, self._to_scored, to_change = columns[:6], columns[6:12], columns[12], columns[13:]
+        forbidden = () if masks is None else masks.columns
+        columns = upload([*whole.columns, *cut.columns, self._scored, named, *changes, *forbidden], logits.device)
+        to_whole, self._cut, (self._to_scored, self._to_named) = columns[:6], columns[6:12], columns[12:14]
+        to_change, to_forbid = columns[14 : 14 + len(changes)], columns[14 + len(changes) :]
         if self._scored:
             self._raw = torch.log_softmax(logits[self._to_scored], -1)
         if to_change:
             penalties.apply(logits, *to_change)
+        if to_forbid:
+            mask.apply(logits, *to_forbid)
         # every row has a best token, drawn or not; where all are drawn the place is only filled
         drawn = len(whole.index) + len(cut.index)
         self.ids = draw.greedy(logits) if drawn < len(sequences) else torch.empty_like(logits[:, 0], dtype=torch.int64)
@@ -97,7 +104,8 @@ class Draw:
             )
             results.append(settled)
         if self._raw is not None:
-            self._scores = logprobs.score(self._raw, self.ids[self._to_scored], self._num_top)
+            drawn = self.ids[self._to_scored]
+            self._scores = logprobs.score(self._raw, drawn, self._num_top, self._named, self._to_named)
             results += self._scores.tensors
         self._result = Download(results)
 
@@ -120,7 +128,7 @@ class Draw:
             self._draw_cut(self._logits)
         tokens = [SampledToken(token_id) for token_id in host[0].tolist()]
         if self._scored:
-            for row, entry in zip(self._scored, self._scores.read(*host[-4:]), strict=True):
+            for row, entry in zip(self._scored, self._scores.read(*host[-5:]), strict=True):
                 tokens[row].logprobs = entry
         for i in missing:
             tokens[self._cut_rows[i]] = SampledToken(-1)
@@ -145,7 +153,7 @@ def _sort_rows(sequences: list[Sequence]) -> tuple[_Rows, _Rows, array[int], lis
             (cut if truncates else whole).add(row, sequence)
         if params.logprobs is not None:
             scored.append(row)
-            num_top.append(params.logprobs)
+            num_top.append(0 if params.logprob_token_ids else params.logprobs)
     return whole, cut, scored, num_top
 
 
