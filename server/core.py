@@ -211,6 +211,7 @@ class SampledToken:
 
     token_id: int  # below 0: did not come out at the first try, and another step is launched: run the row again
     logprobs: TokenLogprobs | None = None
+    broken: bool = False  # its logits were not finite: the id means nothing
 
 
 @dataclass(slots=True)

@@ -26,6 +26,8 @@ from server.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+FAILED = "the engine failed while this request ran; the server's log has the cause"
+NOT_FINITE = "the model's logits for this request are not finite; send another prompt, or try --dtype float32"
 IDLE_TURN_S = 1.0  # an idle loop still turns, so that its age shows whether the thread lives
 
 OnStep = Callable[[int, float, StepTimes], None]  # tokens and seconds of a step, and their split, for metrics
@@ -187,7 +189,10 @@ class EngineLoop:
         sampled = step.pending.result()
         back_s = time.monotonic()
         self._end_unmatched(back_s)
-        self._outputs += self.scheduler.commit(step.batch, sampled, back_s)
+        outputs = self.scheduler.commit(step.batch, sampled, back_s)
+        if any(token.broken for token in sampled):
+            outputs = self._end_broken(step.batch, sampled, outputs, back_s)
+        self._outputs += outputs
         ended_s = time.monotonic()
         step.times.schedule += ended_s - back_s
         if self._on_step is not None:
@@ -204,6 +209,22 @@ class EngineLoop:
                 self._outputs.append(
                     StepOutput(sequence.request_id, None, finish_reason=FinishReason.GRAMMAR, error=failure)
                 )
+
+    def _end_broken(
+        self, batch: ScheduledBatch, sampled: list[SampledToken], outputs: list[StepOutput], now_s: float
+    ) -> list[StepOutput]:
+        """End the sequences whose logits were not finite; returns the outputs of the others, and those ends."""
+        rows = iter(sampled)
+        broken = [w.sequence for w in batch.work for _ in range(w.samples + len(w.draft_ids)) if next(rows).broken]
+        ended = {output.request_id for output in outputs if output.finish_reason is not None}
+        hit = {s.request_id: s for s in broken if s.finish_reason is None or s.request_id in ended}
+        for sequence in hit.values():
+            if sequence.finish_reason is None:
+                self.scheduler.end(sequence, FinishReason.ERROR)
+            sequence.timings.finished_s, sequence.finish_reason = now_s, FinishReason.ERROR
+        logger.error("logits are not finite; requests ended: %s", list(hit))
+        others = [output for output in outputs if output.request_id not in hit]
+        return others + [_failure(sequence, NOT_FINITE) for sequence in hit.values()]
 
     def _flush(self) -> None:
         if self._outputs:
@@ -249,6 +270,5 @@ class EngineLoop:
         self._flush()
 
 
-def _failure(sequence: Sequence) -> StepOutput:
-    message = "the engine failed while this request ran; the server's log has the cause"
+def _failure(sequence: Sequence, message: str = FAILED) -> StepOutput:
     return StepOutput(sequence.request_id, None, finish_reason=FinishReason.ERROR, error=message)

@@ -69,10 +69,11 @@ class Draw:
         self._logits: Tensor | None = logits
         self._raw: Tensor | None = None  # log-probabilities of the rows to score
         self._cut_rows, self._cut = cut.index, list[Tensor]()  # rows drawn from the best, and what they ask for
+        self._sound = torch.isfinite(logits.amax(-1))  # NaN goes through a maximum; a bias of minus infinity does not
         self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), vocab))
         if not (whole.index or cut.index or self._scored or adjustments or masks):
             self.ids = draw.greedy(logits)
-            self._result = Download([self.ids])
+            self._result = Download([self.ids, self._sound])
             return
         changes = () if adjustments is None else adjustments.columns
         forbidden = () if masks is None else masks.columns
@@ -107,7 +108,7 @@ class Draw:
             drawn = self.ids[self._to_scored]
             self._scores = logprobs.score(self._raw, drawn, self._num_top, self._named, self._to_named)
             results += self._scores.tensors
-        self._result = Download(results)
+        self._result = Download([*results, self._sound])
 
     def forget_logits(self) -> None:
         """Another step is about to take their place: what the candidates did not suffice for cannot be drawn again."""
@@ -127,11 +128,15 @@ class Draw:
             self._cut_rows = array("q", [self._cut_rows[i] for i in missing])
             self._draw_cut(self._logits)
         tokens = [SampledToken(token_id) for token_id in host[0].tolist()]
+        sound = host[-1].tolist()
         if self._scored:
-            for row, entry in zip(self._scored, self._scores.read(*host[-5:]), strict=True):
+            for row, entry in zip(self._scored, self._scores.read(*host[-6:-1]), strict=True):
                 tokens[row].logprobs = entry
         for i in missing:
             tokens[self._cut_rows[i]] = SampledToken(-1)
+        if not all(sound):
+            for token, is_sound in zip(tokens, sound, strict=True):
+                token.broken = not is_sound
         self.forget_logits()
         return tokens
 

@@ -256,3 +256,58 @@ def test_a_step_that_fails_behind_another_ends_every_sequence() -> None:
     assert all(s.finish_reason is FinishReason.ERROR for s in sequences)
     assert sum(o.error is not None for o in outputs) == 9
     assert scheduler.blocks.num_free == 64
+
+
+class Sick(Memory):
+    """From a launch on, the logits of some sequences are not finite."""
+
+    def __init__(self, num_blocks: int, names: set[str], since: int, ahead: bool) -> None:
+        super().__init__(num_blocks)
+        self.names = names
+        self.since = since
+        self.runs_ahead = ahead
+
+    def launch(self, batch: ScheduledBatch, times: StepTimes) -> SickOrders:
+        orders = super().launch(batch, times)
+        drawing = [work.sequence.request_id for work in batch.work if work.samples]
+        return SickOrders(orders, drawing if orders.number >= self.since else [], self.names)
+
+
+class SickOrders:
+    def __init__(self, orders: Orders, drawing: list[str], names: set[str]) -> None:
+        self.orders, self.drawing, self.names = orders, drawing, names
+
+    def result(self) -> list[SampledToken]:
+        tokens = self.orders.result()
+        for name, token in zip(self.drawing, tokens, strict=False):
+            token.broken = name in self.names
+        return tokens
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("since", [1, 4, 8])
+def test_a_sequence_whose_logits_are_not_finite_ends_and_the_others_go_on(ahead: bool, since: int) -> None:
+    scheduler = make_scheduler(limit=40)
+    sequences = [Sequence(str(i), [i, 1, 2], 3, SamplingParams(max_tokens=8 + i), Timings(0.0)) for i in range(6)]
+    sick = {"0", "3"}
+    loop = EngineLoop(scheduler, Sick(64, sick, since, ahead), check_every_step=True)
+    outputs: list[StepOutput] = []
+    for sequence in sequences:
+        loop.add(sequence)
+    loop.start(outputs.extend)
+    end = time.monotonic() + 30
+    while scheduler.flight or any(s.finish_reason is None for s in sequences):
+        assert loop.alive and time.monotonic() < end
+        time.sleep(0.002)
+    loop.stop()
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    for sequence in sequences:
+        mine = [o for o in outputs if o.request_id == sequence.request_id]
+        assert [o.finish_reason is not None for o in mine] == [False] * (len(mine) - 1) + [True]
+        said = [o.token_id for o in mine if o.token_id is not None]
+        right = expected(sequence, 40)[3:]
+        if sequence.request_id in sick:
+            assert sequence.finish_reason is mine[-1].finish_reason is FinishReason.ERROR
+            assert "not finite" in (mine[-1].error or "") and said == right[: since - 1]
+        else:
+            assert said == right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -175,3 +176,21 @@ def test_named_tokens_are_scored_in_place_of_the_best() -> None:
     assert [value for _, value in named.top] == pytest.approx(expected[1, [9, 4, 7]].tolist())
     assert limited.top[0] == (1, pytest.approx(float(expected[2, 1]))), "scores are of the raw logits"
     assert limited.logprob == pytest.approx(float(expected[2, 2]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_told_and_disturb_no_other(bad: float) -> None:
+    kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.8}, {"min_p": 0.1, "logprobs": 2}]
+    rows = logits(8, seed=3)
+    items = [sequence(seed=5, **kind) for kind in kinds * 2]
+    right = Draw(rows.clone(), items).read()
+    assert not any(token.broken for token in right)
+    broken = rows.clone()
+    broken[4:, 17] = bad
+    found = Draw(broken, items).read()
+    assert found[:4] == right[:4]
+    assert [token.broken for token in found] == [False] * 4 + [True] * 4
+    greedy = [sequence(temperature=0.0)] * 2
+    assert [token.broken for token in Draw(broken[3:5].clone(), greedy).read()] == [False, True]
+    banned = sequence(temperature=0.0, logit_bias=((3, -100.0),), allowed_token_ids=frozenset({5}))
+    assert not Draw(rows[:1].clone(), [banned]).read()[0].broken
