@@ -59,7 +59,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     check_num_sequences(service, n=first_given(body.n, default=1), num_prompts=1)
     check_priority(service, body)
     check_template(service, body)
-    prompt = await _prepare(body, engine, tokenizer)
+    prompt = await prepare(body, engine, tokenizer)
     plan = make_plan(
         body,
         "chatcmpl",
@@ -113,7 +113,17 @@ def check_template(service: Service, body: ChatCompletionRequest) -> None:
         )
 
 
-async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Tokenizer) -> Prompt:
+async def prepare(
+    body: ChatCompletionRequest,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    *,
+    prompt_param: str = "messages",
+    length_param: str | None = None,
+) -> Prompt:
+    """The rendered conversation with its parameters. The params are what errors call them. Raises BadRequest."""
+    if length_param is None:
+        length_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     ids = await render(
         tokenizer,
         body.messages,
@@ -122,7 +132,7 @@ async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Token
         chat_template=body.chat_template,
         variables=body.template_variables,
     )
-    check_prompt(ids, engine.info, param="messages")
+    check_prompt(ids, engine.info, param=prompt_param)
     asked = first_given(body.max_completion_tokens, body.max_tokens, default=None)
     ids = truncate(ids, body, engine.info, max_tokens=first_given(asked, default=1))
     max_tokens = resolve_max_tokens(
@@ -130,8 +140,8 @@ async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Token
         default=None,
         num_prompt_tokens=len(ids),
         info=engine.info,
-        param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
-        prompt_param="messages",
+        param=length_param,
+        prompt_param=prompt_param,
     )
     logprobs = first_given(body.top_logprobs, default=0) if body.logprobs else None
     params = build_params(

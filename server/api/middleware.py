@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.docs import DOCS_PATHS
 from server.api.failures import error_response
 from server.errors import Overloaded, PayloadTooLarge, ServeError, Unauthorized
 from server.metrics import Metrics
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings"})
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
+QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"}) | DOCS_PATHS
 
 
 class RequestContext:
