@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -36,10 +37,14 @@ from server.api.responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
+    FinishReason,
 )
 from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
 from server.api.sse import DONE, EventStream, event, until_disconnect
-from server.api.structured import compile_constraint
+from server.api.structured import compile_constraint, constraints
+from server.api.tool_answers import ToolAnswer
+from server.api.tool_formats import ToolFormat
+from server.api.tools import FunctionTool, ToolUse, to_template, tool_format, tool_use
 from server.engine.engine import Engine
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
@@ -59,16 +64,20 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     check_num_sequences(service, n=first_given(body.n, default=1), num_prompts=1)
     check_priority(service, body)
     check_template(service, body)
-    prompt = await _prepare(body, engine, tokenizer)
-    plan = make_plan(
-        body,
-        "chatcmpl",
-        [prompt],
-        continuing=bool(body.continue_final_message),
-        deadline_s=deadline_s,
-        grammar=await compile_constraint(body, service),
-    )
-    call = _Call(body, plan, service, engine, tokenizer)
+    form = tool_format(service, tokenizer)
+    use = await asyncio.to_thread(tool_use, body, form, tokenizer)
+    if use is not None and constraints(body):
+        raise BadRequest(
+            "tools and a form for the text exclude each other; send tool_choice none, or only one of them",
+            param="tool_choice",
+        )
+    grammar = await compile_constraint(body, service, None if use is None else use.constraint)
+    prompt = await _prepare(body, engine, tokenizer, form)
+    continuing = bool(body.continue_final_message)
+    plan = make_plan(body, "chatcmpl", [prompt], continuing=continuing, deadline_s=deadline_s, grammar=grammar)
+    if use is not None and use.shows_control:
+        plan = replace(plan, style=replace(plan.style, skip_special=False))
+    call = _Call(body, plan, use, service, engine, tokenizer)
     if body.stream:
         return EventStream(call.stream())
     return json_answer(await until_disconnect(request.receive, call.collect()))
@@ -77,20 +86,20 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 async def render(
     tokenizer: Tokenizer,
     messages: Sequence[ChatMessage],
+    form: ToolFormat,
     *,
+    tools: Sequence[FunctionTool] | None = None,
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     chat_template: str | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Ids of a conversation; the newer name `developer` is `system` to chat templates. Raises BadRequest.
+    """Ids of a conversation. Raises BadRequest.
 
     `chat_template` replaces the model's; `variables` are what a template may use beside the messages.
     """
-    plain: list[dict[str, Any]] = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        plain.append({"role": role, "content": message.content, **({"name": message.name} if message.name else {})})
+    template = first_given(chat_template, default=tokenizer.chat_template)
+    plain, told = to_template(messages, tools, template, form)
     continued = bool(continue_final_message)
     return await asyncio.to_thread(
         tokenizer.render_chat,
@@ -98,7 +107,7 @@ async def render(
         add_generation_prompt=first_given(add_generation_prompt, default=not continued),
         continue_final_message=continued,
         chat_template=chat_template,
-        variables=variables or {},
+        variables={**(variables or {}), **told},
     )
 
 
@@ -113,10 +122,12 @@ def check_template(service: Service, body: ChatCompletionRequest) -> None:
         )
 
 
-async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Tokenizer) -> Prompt:
+async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Tokenizer, form: ToolFormat) -> Prompt:
     ids = await render(
         tokenizer,
         body.messages,
+        form,
+        tools=None if body.tool_choice == "none" else body.tools,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         chat_template=body.chat_template,
@@ -150,10 +161,17 @@ class _Call:
     """One validated request on its way to an answer."""
 
     def __init__(
-        self, body: ChatCompletionRequest, plan: Plan, service: Service, engine: Engine, tokenizer: Tokenizer
+        self,
+        body: ChatCompletionRequest,
+        plan: Plan,
+        use: ToolUse | None,
+        service: Service,
+        engine: Engine,
+        tokenizer: Tokenizer,
     ) -> None:
         self._body = body
         self._plan = plan
+        self._calling = [] if use is None else [ToolAnswer(use) for _ in range(plan.n)]
         self._tokenizer = tokenizer
         self._counts = TokenCounts()
         self._deltas = generate(plan, engine, tokenizer, service.metrics, self._counts)
@@ -202,6 +220,8 @@ class _Call:
                 introduced.add(delta.index)
                 role = ChatDelta(role="assistant", content="")
                 start = event(self._chunk([self._choice(Delta(delta.index), role)], **extra(), **first))
+            if self._calling:
+                return start + b"".join(event(self._chunk([choice], **extra())) for choice in self._pieces(delta))
             if delta.finish_reason is None and not (delta.entries or delta.token_ids or running):
                 return start + texts.event(delta.index, delta.text)
             return start + b"".join(event(chunk(part)) for part in delta.split())
@@ -211,6 +231,23 @@ class _Call:
                 yield b"".join(map(events, batch))
         usage = event(self._chunk([], usage=usage_of(self._counts))) if with_usage else b""
         yield usage + DONE
+
+    def _pieces(self, delta: Delta) -> list[ChatChunkChoice]:
+        """The chunks of a delta where calls are looked for. What comes with the text comes with the first of them."""
+        calling = self._calling[delta.index]
+        choices: list[ChatChunkChoice] = []
+        for part in delta.split():
+            pieces = calling.deltas(part.text)
+            if part.finish_reason is not None:
+                part.finish_reason = calling.finish(part.finish_reason)
+                pieces += calling.last_deltas()
+            said = [self._choice(Delta(delta.index), piece) for piece in pieces]
+            if part.finish_reason is not None or (not said and (part.entries or part.token_ids)):
+                said.append(self._choice(part, ChatDelta()))
+            elif said:
+                said[0] = self._choice(part, pieces[0])
+            choices += said
+        return choices
 
     def _chunk(self, choices: list[ChatChunkChoice], **extra: Any) -> bytes:
         chunk = ChatCompletionChunk(
@@ -225,11 +262,16 @@ class _Call:
 
     def _whole(self, delta: Delta) -> ChatChoice:
         assert delta.finish_reason is not None, "generate ends every answer or raises"
+        reason: FinishReason = delta.finish_reason
+        message = ChatAnswer(role="assistant", content=delta.text, refusal=None)
+        if self._calling:
+            message = self._calling[delta.index].message(delta.text)
+            reason = self._calling[delta.index].finish(reason)
         choice = ChatChoice(
             index=delta.index,
-            message=ChatAnswer(role="assistant", content=delta.text, refusal=None),
+            message=message,
             logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
+            finish_reason=reason,
             stop_reason=delta.stop_reason,
         )
         if self._body.return_token_ids:
