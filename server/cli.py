@@ -151,6 +151,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("max-body", "bytes of a request body at most, e.g. 8MiB", parse_bytes, field="max_body_bytes"),
         Option("max-sequences-per-request", "n times prompts of one call", int),
         Option(
+            "response-store",
+            "bytes of answers of /v1/responses kept in memory to be continued, e.g. 64MiB; 0: none",
+            parse_bytes,
+            field="response_store_bytes",
+        ),
+        Option(
             "trust-request-chat-template",
             "let a request bring its own chat template, a program that may keep a thread busy: on or off",
             _switch,

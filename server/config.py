@@ -58,6 +58,7 @@ class ServerConfig(BaseModel):
     drain_timeout_s: float = Field(30.0, ge=0)
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_sequences_per_request: int = Field(128, ge=1)  # n x prompts of one call
+    response_store_bytes: int = Field(64 * 1024 * 1024, ge=0)  # of answers of /v1/responses; 0 = nothing is kept
     trust_request_chat_template: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answer import Delta, Plan, Prompt
+from server.api.answer import Delta, Plan
 from server.api.body import JSONRoute
-from server.api.chat_request import ChatCompletionRequest, ChatMessage
+from server.api.chat_request import ChatCompletionRequest
 from server.api.chunks import TextChunks
+from server.api.conversation import check_template, prepare
 from server.api.deps import (
     ERRORS,
     ServiceDep,
@@ -28,7 +29,7 @@ from server.api.deps import (
 )
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs, prompt_logprobs
-from server.api.plan import check_priority, encode_bad_words, make_plan, truncate
+from server.api.plan import check_priority, make_plan
 from server.api.responses import (
     ChatAnswer,
     ChatChoice,
@@ -39,12 +40,11 @@ from server.api.responses import (
     ChatLogprobs,
     FinishReason,
 )
-from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
+from server.api.sampling import first_given
 from server.api.sse import DONE, EventStream, event, until_disconnect
 from server.api.structured import compile_constraint, constraints
 from server.api.tool_answers import ToolAnswer
-from server.api.tool_formats import ToolFormat
-from server.api.tools import FunctionTool, ToolUse, to_template, tool_format, tool_use
+from server.api.tools import ToolUse, tool_format, tool_use
 from server.engine.engine import Engine
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
             param="tool_choice",
         )
     grammar = await compile_constraint(body, service, None if use is None else use.constraint)
-    prompt = await _prepare(body, engine, tokenizer, form)
+    prompt = await prepare(body, engine, tokenizer, form)
     continuing = bool(body.continue_final_message)
     plan = make_plan(body, "chatcmpl", [prompt], continuing=continuing, deadline_s=deadline_s, grammar=grammar)
     if use is not None and use.shows_control:
@@ -81,80 +81,6 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     if body.stream:
         return EventStream(call.stream())
     return json_answer(await until_disconnect(request.receive, call.collect()))
-
-
-async def render(
-    tokenizer: Tokenizer,
-    messages: Sequence[ChatMessage],
-    form: ToolFormat,
-    *,
-    tools: Sequence[FunctionTool] | None = None,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-    chat_template: str | None = None,
-    variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Ids of a conversation. Raises BadRequest.
-
-    `chat_template` replaces the model's; `variables` are what a template may use beside the messages.
-    """
-    template = first_given(chat_template, default=tokenizer.chat_template)
-    plain, told = to_template(messages, tools, template, form)
-    continued = bool(continue_final_message)
-    return await asyncio.to_thread(
-        tokenizer.render_chat,
-        plain,
-        add_generation_prompt=first_given(add_generation_prompt, default=not continued),
-        continue_final_message=continued,
-        chat_template=chat_template,
-        variables={**(variables or {}), **told},
-    )
-
-
-def check_template(service: Service, body: ChatCompletionRequest) -> None:
-    """Raise BadRequest for a template of the request's own where the operator has not allowed them."""
-    if body.chat_template is not None and not service.config.trust_request_chat_template:
-        raise BadRequest(
-            "this server does not run templates of requests; start it with --trust-request-chat-template, or leave "
-            "chat_template out",
-            param="chat_template",
-            code="unsupported_value",
-        )
-
-
-async def _prepare(body: ChatCompletionRequest, engine: Engine, tokenizer: Tokenizer, form: ToolFormat) -> Prompt:
-    ids = await render(
-        tokenizer,
-        body.messages,
-        form,
-        tools=None if body.tool_choice == "none" else body.tools,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        chat_template=body.chat_template,
-        variables=body.template_variables,
-    )
-    check_prompt(ids, engine.info, param="messages")
-    asked = first_given(body.max_completion_tokens, body.max_tokens, default=None)
-    ids = truncate(ids, body, engine.info, max_tokens=first_given(asked, default=1))
-    max_tokens = resolve_max_tokens(
-        asked,
-        default=None,
-        num_prompt_tokens=len(ids),
-        info=engine.info,
-        param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
-        prompt_param="messages",
-    )
-    logprobs = first_given(body.top_logprobs, default=0) if body.logprobs else None
-    params = build_params(
-        body,
-        max_tokens=max_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=body.prompt_logprobs,
-        bad_words=await encode_bad_words(tokenizer, body.bad_words),
-        defaults=tokenizer.sampling_defaults,
-        info=engine.info,
-    )
-    return Prompt(ids, params)
 
 
 class _Call:

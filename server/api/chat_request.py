@@ -21,7 +21,7 @@ class ChatMessage(Strict):
     refusal: Absent = None
     audio: Absent = None
     function_call: Absent = None
-    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Text | None = None
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.body import JSONRoute
-from server.api.chat import render
+from server.api.conversation import render
 from server.api.deps import ERRORS, ServiceDep, check_model, encode, json_answer
 from server.api.logprobs import token_label
 from server.api.responses import DetokenizeAnswer, TokenizeAnswer, TokenizerInfo
