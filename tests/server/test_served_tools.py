@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from live import Live, serve
+from models import real_model
 
 from server.api.tool_formats import FORMATS
 
@@ -123,3 +126,17 @@ def test_an_unsupported_schema_is_refused_where_it_is_forced(live: Live) -> None
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, "tools") and "uniqueItems" in error["message"]
     assert live.post("/v1/chat/completions", **body).status_code == 200
+
+
+def test_ends_named_by_the_generation_config_alone_are_ends_too(tmp_path: Path) -> None:
+    """As chat models have them: the configuration names one, and the turn ends by another."""
+    folder = real_model("demo")
+    assert folder is not None
+    copy = tmp_path / "demo"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [1, 7, 10**6]}))
+    with serve(copy) as live:
+        assert live.service.engine is not None and live.service.engine.info.eos_token_ids == (1, 7)
+        choice = live.complete(logit_bias={"7": 100}, temperature=0)
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", None)
