@@ -82,6 +82,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("calibration", "text file to calibrate on (default: the bundled sample)"),
         Option("cache-dir", "where compressed models are kept"),
         Option("chat-template", "Jinja file that replaces the model's chat template"),
+        Option(
+            "tool-format",
+            "how the model writes calls of tools; auto: as its chat template shows",
+            choices=("auto", "json", "hermes", "llama3", "mistral"),
+        ),
         Option("max-model-len", "tokens of prompt and answer (default: the model's, or what fits)", int),
     ),
     "device and memory": (

@@ -5,6 +5,8 @@ Not the state of start-up (`server.service` keeps it): this only calls the steps
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from server.config import ServerConfig
 from server.engine.build import build_engine, pick_device
 from server.engine.engine import Engine
@@ -34,4 +36,7 @@ def start_up(config: ServerConfig, report: Report, *, on_step: OnStep) -> tuple[
         )
     except (SpqError, MemoryBudgetError, OSError, ValueError) as error:
         raise StartUpError(str(error)) from error
+    # a chat model ends its turns by tokens that only its generation_config.json may name
+    ends = {*engine.info.eos_token_ids, *(i for i in tokenizer.eos_token_ids if i < engine.info.vocab_size)}
+    engine.info = replace(engine.info, eos_token_ids=tuple(sorted(ends)))
     return engine, tokenizer

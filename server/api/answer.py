@@ -12,7 +12,7 @@ from server.engine.engine import Generation
 from server.errors import EngineError
 from server.tokenizer import Tokenizer
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]  # the last: where chat found calls in a text that stopped
 PromptScores = list[tuple[int, TokenLogprobs | None]]  # of each token; None for the first, which nothing precedes
 
 

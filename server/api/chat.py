@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answer import Delta, Plan, Prompt
+from server.api.answer import Delta, Plan
 from server.api.body import JSONRoute
-from server.api.chat_request import ChatCompletionRequest, ChatMessage
+from server.api.chat_request import ChatCompletionRequest
 from server.api.chunks import TextChunks
+from server.api.conversation import check_template, prepare
 from server.api.deps import (
     ERRORS,
     ServiceDep,
@@ -27,7 +29,7 @@ from server.api.deps import (
 )
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs, prompt_logprobs
-from server.api.plan import check_priority, encode_bad_words, make_plan, truncate
+from server.api.plan import check_priority, make_plan
 from server.api.responses import (
     ChatAnswer,
     ChatChoice,
@@ -36,10 +38,13 @@ from server.api.responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
+    FinishReason,
 )
-from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
+from server.api.sampling import first_given
 from server.api.sse import DONE, EventStream, event, until_disconnect
-from server.api.structured import compile_constraint
+from server.api.structured import compile_constraint, constraints
+from server.api.tool_answers import ToolAnswer
+from server.api.tools import ToolUse, tool_format, tool_use
 from server.engine.engine import Engine
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
@@ -59,111 +64,40 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     check_num_sequences(service, n=first_given(body.n, default=1), num_prompts=1)
     check_priority(service, body)
     check_template(service, body)
-    prompt = await prepare(body, engine, tokenizer)
-    plan = make_plan(
-        body,
-        "chatcmpl",
-        [prompt],
-        continuing=bool(body.continue_final_message),
-        deadline_s=deadline_s,
-        grammar=await compile_constraint(body, service),
-    )
-    call = _Call(body, plan, service, engine, tokenizer)
+    form = tool_format(service, tokenizer)
+    use = await asyncio.to_thread(tool_use, body, form, tokenizer)
+    if use is not None and constraints(body):
+        raise BadRequest(
+            "tools and a form for the text exclude each other; send tool_choice none, or only one of them",
+            param="tool_choice",
+        )
+    grammar = await compile_constraint(body, service, None if use is None else use.constraint)
+    prompt = await prepare(body, engine, tokenizer, form)
+    continuing = bool(body.continue_final_message)
+    plan = make_plan(body, "chatcmpl", [prompt], continuing=continuing, deadline_s=deadline_s, grammar=grammar)
+    if use is not None and use.shows_control:
+        plan = replace(plan, style=replace(plan.style, skip_special=False))
+    call = _Call(body, plan, use, service, engine, tokenizer)
     if body.stream:
         return EventStream(call.stream())
     return json_answer(await until_disconnect(request.receive, call.collect()))
-
-
-async def render(
-    tokenizer: Tokenizer,
-    messages: Sequence[ChatMessage],
-    *,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-    chat_template: str | None = None,
-    variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Ids of a conversation; the newer name `developer` is `system` to chat templates. Raises BadRequest.
-
-    `chat_template` replaces the model's; `variables` are what a template may use beside the messages.
-    """
-    plain: list[dict[str, Any]] = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        plain.append({"role": role, "content": message.content, **({"name": message.name} if message.name else {})})
-    continued = bool(continue_final_message)
-    return await asyncio.to_thread(
-        tokenizer.render_chat,
-        plain,
-        add_generation_prompt=first_given(add_generation_prompt, default=not continued),
-        continue_final_message=continued,
-        chat_template=chat_template,
-        variables=variables or {},
-    )
-
-
-def check_template(service: Service, body: ChatCompletionRequest) -> None:
-    """Raise BadRequest for a template of the request's own where the operator has not allowed them."""
-    if body.chat_template is not None and not service.config.trust_request_chat_template:
-        raise BadRequest(
-            "this server does not run templates of requests; start it with --trust-request-chat-template, or leave "
-            "chat_template out",
-            param="chat_template",
-            code="unsupported_value",
-        )
-
-
-async def prepare(
-    body: ChatCompletionRequest,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    *,
-    prompt_param: str = "messages",
-    length_param: str | None = None,
-) -> Prompt:
-    """The rendered conversation with its parameters. The params are what errors call them. Raises BadRequest."""
-    if length_param is None:
-        length_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    ids = await render(
-        tokenizer,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        chat_template=body.chat_template,
-        variables=body.template_variables,
-    )
-    check_prompt(ids, engine.info, param=prompt_param)
-    asked = first_given(body.max_completion_tokens, body.max_tokens, default=None)
-    ids = truncate(ids, body, engine.info, max_tokens=first_given(asked, default=1))
-    max_tokens = resolve_max_tokens(
-        asked,
-        default=None,
-        num_prompt_tokens=len(ids),
-        info=engine.info,
-        param=length_param,
-        prompt_param=prompt_param,
-    )
-    logprobs = first_given(body.top_logprobs, default=0) if body.logprobs else None
-    params = build_params(
-        body,
-        max_tokens=max_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=body.prompt_logprobs,
-        bad_words=await encode_bad_words(tokenizer, body.bad_words),
-        defaults=tokenizer.sampling_defaults,
-        info=engine.info,
-    )
-    return Prompt(ids, params)
 
 
 class _Call:
     """One validated request on its way to an answer."""
 
     def __init__(
-        self, body: ChatCompletionRequest, plan: Plan, service: Service, engine: Engine, tokenizer: Tokenizer
+        self,
+        body: ChatCompletionRequest,
+        plan: Plan,
+        use: ToolUse | None,
+        service: Service,
+        engine: Engine,
+        tokenizer: Tokenizer,
     ) -> None:
         self._body = body
         self._plan = plan
+        self._calling = [] if use is None else [ToolAnswer(use) for _ in range(plan.n)]
         self._tokenizer = tokenizer
         self._counts = TokenCounts()
         self._deltas = generate(plan, engine, tokenizer, service.metrics, self._counts)
@@ -212,6 +146,8 @@ class _Call:
                 introduced.add(delta.index)
                 role = ChatDelta(role="assistant", content="")
                 start = event(self._chunk([self._choice(Delta(delta.index), role)], **extra(), **first))
+            if self._calling:
+                return start + b"".join(event(self._chunk([choice], **extra())) for choice in self._pieces(delta))
             if delta.finish_reason is None and not (delta.entries or delta.token_ids or running):
                 return start + texts.event(delta.index, delta.text)
             return start + b"".join(event(chunk(part)) for part in delta.split())
@@ -221,6 +157,23 @@ class _Call:
                 yield b"".join(map(events, batch))
         usage = event(self._chunk([], usage=usage_of(self._counts))) if with_usage else b""
         yield usage + DONE
+
+    def _pieces(self, delta: Delta) -> list[ChatChunkChoice]:
+        """The chunks of a delta where calls are looked for. What comes with the text comes with the first of them."""
+        calling = self._calling[delta.index]
+        choices: list[ChatChunkChoice] = []
+        for part in delta.split():
+            pieces = calling.deltas(part.text)
+            if part.finish_reason is not None:
+                part.finish_reason = calling.finish(part.finish_reason)
+                pieces += calling.last_deltas()
+            said = [self._choice(Delta(delta.index), piece) for piece in pieces]
+            if part.finish_reason is not None or (not said and (part.entries or part.token_ids)):
+                said.append(self._choice(part, ChatDelta()))
+            elif said:
+                said[0] = self._choice(part, pieces[0])
+            choices += said
+        return choices
 
     def _chunk(self, choices: list[ChatChunkChoice], **extra: Any) -> bytes:
         chunk = ChatCompletionChunk(
@@ -235,11 +188,16 @@ class _Call:
 
     def _whole(self, delta: Delta) -> ChatChoice:
         assert delta.finish_reason is not None, "generate ends every answer or raises"
+        reason: FinishReason = delta.finish_reason
+        message = ChatAnswer(role="assistant", content=delta.text, refusal=None)
+        if self._calling:
+            message = self._calling[delta.index].message(delta.text)
+            reason = self._calling[delta.index].finish(reason)
         choice = ChatChoice(
             index=delta.index,
-            message=ChatAnswer(role="assistant", content=delta.text, refusal=None),
+            message=message,
             logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
+            finish_reason=reason,
             stop_reason=delta.stop_reason,
         )
         if self._body.return_token_ids:

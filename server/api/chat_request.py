@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from server.api.fields import Content, Logprobs, PositiveTokenCount, TemplateVariables, Text, not_served
 from server.api.protocol import Absent, GenerationBody, NoneListed, Off, Strict, refusal
+from server.api.tools import MAX_TOOLS, ToolCall, ToolChoice, Tools
 
 
 class ChatMessage(Strict):
-    """One turn. Parts of other types than text, tool calls and tool results are not served."""
+    """One turn. Parts of other types than text are not served."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: Text | None = None
     refusal: Absent = None
     audio: Absent = None
     function_call: Absent = None
-    tool_calls: NoneListed = None
-    tool_call_id: Absent = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Text | None = None
+
+
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Refuse, by their places, parts that do not go with a message's role."""
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise refusal(f"{where}.content", "must be a string or a list of text parts")
+        if message.tool_calls and message.role != "assistant":
+            raise refusal(f"{where}.tool_calls", "tool calls belong to messages of the assistant")
+        if (message.role == "tool") != (message.tool_call_id is not None):
+            raise refusal(f"{where}.tool_call_id", "belongs to messages of the role tool, and has to be there")
 
 
 class ChatInput(Strict):
@@ -31,7 +45,8 @@ class ChatInput(Strict):
     continue_final_message: bool | None = None
 
     @model_validator(mode="after")
-    def _one_ending(self) -> ChatInput:
+    def _turns_and_their_end(self) -> ChatInput:
+        check_messages(self.messages)
         if self.continue_final_message and self.add_generation_prompt:
             raise refusal(
                 "continue_final_message", "continue_final_message and add_generation_prompt exclude each other"
@@ -47,9 +62,9 @@ class ChatCompletionRequest(GenerationBody, ChatInput):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
 
-    tools: NoneListed = None
-    tool_choice: Annotated[Any, not_served("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, not_served(True)] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: NoneListed = None
     function_call: Annotated[Any, not_served("none", "auto")] = None
     modalities: Annotated[Any, not_served(["text"])] = None

@@ -22,7 +22,7 @@ class StoredResponse:
     @property
     def num_bytes(self) -> int:
         """What it counts for: its text, and some for the objects around."""
-        return len(self.body) + sum(len(message.content.encode()) + 500 for message in self.messages)
+        return len(self.body) + sum(len((message.content or "").encode()) + 500 for message in self.messages)
 
 
 class ResponseStore:

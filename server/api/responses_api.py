@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from server.api.answer import Delta, Plan
 from server.api.body import JSONRoute
-from server.api.chat import prepare
 from server.api.chat_request import ChatMessage
+from server.api.conversation import prepare
 from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, new_id, read_deadline
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs
@@ -39,6 +39,8 @@ from server.api.response_store import ResponseStore, StoredResponse
 from server.api.responses import ChatTokenLogprob
 from server.api.sampling import first_given
 from server.api.sse import EventStream, until_disconnect
+from server.api.structured import compile_constraint
+from server.api.tools import tool_format
 from server.engine.engine import Engine
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
@@ -70,12 +72,14 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     if body.previous_response_id is not None:
         earlier += store.get(body.previous_response_id, param="previous_response_id").messages
     chat = body.to_chat(earlier)
+    grammar = await compile_constraint(chat, service)
+    form = tool_format(service, tokenizer)
     try:
-        prompt = await prepare(chat, engine, tokenizer, prompt_param="input", length_param="max_output_tokens")
+        prompt = await prepare(chat, engine, tokenizer, form, prompt_param="input", length_param="max_output_tokens")
     except BadRequest as error:
         error.param = "input" if error.param == "messages" else error.param  # what the template does not accept
         raise
-    plan = make_plan(chat, "resp", [prompt], continuing=False, deadline_s=deadline_s)
+    plan = make_plan(chat, "resp", [prompt], continuing=False, deadline_s=deadline_s, grammar=grammar)
     plan = replace(plan, response_id=plan.response_id.replace("-", "_", 1))
     call = _Call(body, [*earlier, *body.messages], plan, service, engine, tokenizer, store)
     if body.stream:

@@ -91,12 +91,14 @@ class StructuredOutputs(_Strict):
         return self
 
 
-async def compile_constraint(body: GenerationBody, service: Service) -> Grammar | None:
+async def compile_constraint(body: GenerationBody, service: Service, tools: Constraint | None = None) -> Grammar | None:
     """What the answer's text must match, compiled; None where it may be anything.
+
+    `tools` is what calls of tools ask for.
 
     Raises BadRequest for more than one constraint, or for one that cannot be used; Overloaded.
     """
-    found = constraints(body)
+    found = [*constraints(body), *([] if tools is None else [tools])]
     if not found:
         return None
     if len(found) > 1:

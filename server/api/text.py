@@ -8,12 +8,13 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.body import JSONRoute
-from server.api.chat import render
+from server.api.conversation import render
 from server.api.deps import ERRORS, ServiceDep, check_model, encode, json_answer
 from server.api.logprobs import token_label
 from server.api.responses import DetokenizeAnswer, TokenizeAnswer, TokenizerInfo
 from server.api.sampling import first_given
 from server.api.text_request import DetokenizeRequest, TokenizeRequest
+from server.api.tools import tool_format
 from server.errors import BadRequest
 
 router = APIRouter(route_class=JSONRoute)
@@ -31,6 +32,8 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
         ids = await render(
             tokenizer,
             body.messages or (),
+            tool_format(service, tokenizer),
+            tools=body.tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )

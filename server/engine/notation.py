@@ -45,16 +45,7 @@ def to_llguidance(constraint: Constraint) -> str:
     if len(constraint.text) > MAX_CHARS:
         raise _refusal(constraint, f"it has {len(constraint.text)} characters, the limit is {MAX_CHARS}")
     if constraint.kind == "json_schema":
-        schema = json.loads(constraint.text)
-        _check_size(constraint, schema)
-        options: Any = {
-            "whitespace_flexible": bool(constraint.white_space),
-            "whitespace_pattern": constraint.white_space or None,
-            "lenient": False,
-            "coerce_one_of": False,
-        }
-        made = json.loads(llguidance.LLMatcher.grammar_from_json_schema(constraint.text, overrides=options))
-        rule = f"start: %json {json.dumps(made['grammars'][0]['json_schema'])}"
+        rule = f"start: {schema_rule(constraint)}"
     elif constraint.kind == "regex":
         rule = f"start: /{llguidance.regex_to_lark(constraint.text)}/"
     elif constraint.kind == "choice":
@@ -62,6 +53,22 @@ def to_llguidance(constraint: Constraint) -> str:
     else:
         rule = _to_lark(constraint)
     return str(llguidance.LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{rule}'))
+
+
+def schema_rule(constraint: Constraint) -> str:
+    """A JSON schema as the right side of a rule of Lark's. Raises BadRequest for one that is too large."""
+    import llguidance
+
+    schema = json.loads(constraint.text)
+    _check_size(constraint, schema)
+    options: Any = {
+        "whitespace_flexible": bool(constraint.white_space),
+        "whitespace_pattern": constraint.white_space or None,
+        "lenient": False,
+        "coerce_one_of": False,
+    }
+    made = json.loads(llguidance.LLMatcher.grammar_from_json_schema(constraint.text, overrides=options))
+    return f"%json {json.dumps(made['grammars'][0]['json_schema'])}"
 
 
 def _to_lark(constraint: Constraint) -> str:

@@ -336,7 +336,7 @@ def test_too_complex_halfway_ends_with_an_error_of_the_client(live: Live) -> Non
     """A text that needs more states than a matcher may have: an error event in a stream, after what was said."""
     from server.engine import structured
 
-    old, structured.LIMITS = structured.LIMITS, {**structured.LIMITS, "max_lexer_states": 3000}
+    old, structured.LIMITS = structured.LIMITS, {**structured.LIMITS, "max_lexer_states": 1000}
     try:
         body = {"max_tokens": 400, "temperature": 1.0, **by_schema({"type": "string", "minLength": 901})}
         whole = live.post("/v1/completions", prompt="x", **body)

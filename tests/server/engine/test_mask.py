@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_model
 
+from server.api.tool_formats import FORMATS, Tool
 from server.core import FinishReason, Sequence, mask_bytes
 from server.engine import mask
 from server.engine.notation import Constraint, Kind
@@ -232,3 +233,17 @@ def test_compiled_grammars_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPat
 
     first, again, _, third = asyncio.run(compile_all("aaaa", "aaaa", "bbbbbbbb", "aaaa"))
     assert first is again and third is not first
+
+
+def test_a_control_token_may_mark_calls() -> None:
+    control = 0
+    text = FORMATS["mistral"].optional([Tool("f", '"{}"')], parallel=False, mark_id=control)
+    matcher = make("grammar", text).start()
+    [first] = masks_of(matcher, [], [])
+    assert first is not None and {control, *ids("a[")} <= first and not {*ids("{"), VOCABULARY.EOS} & first
+    assert masks_of(matcher, [control], []) == [set(ids("["))]
+    call = ids('[{"name": "f", "arguments": {}}]')
+    assert masks_of(matcher, [control, *call], []) == [{VOCABULARY.EOS}]
+    free = make("grammar", text).start()
+    [later] = masks_of(free, ids("text ["), [])
+    assert later is not None and {control, VOCABULARY.EOS, *ids("x")} <= later
