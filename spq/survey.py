@@ -29,7 +29,7 @@ from spq.tiles import round_up, tile_multiple
 SURVEY_WEIGHT = 6.0  # a layer's share of time, see `rules`
 MOST_RANKS = 12  # tried per matrix, evenly spread
 WIDTH_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
-INT8, INT4 = Recipe("int8"), Recipe("int4")
+DENSE, INT8, INT4 = Recipe("dense"), Recipe("int8"), Recipe("int4")
 
 
 @dataclass(slots=True)
@@ -91,10 +91,11 @@ class Surveyor:
         self._neurons(found, state["mlp.down_proj.weight"], moments["down"])
 
     def _table(self, module: str) -> MatrixSurvey:
-        """The embedding or head by its weights alone: every row counts the same."""
+        """The embedding or head by its weights alone: every row counts the same. It may also stay as it is: it is a
+        large part of small models, and the last thing that more bytes than int8 can buy."""
         weight = self.source.weight(module)
         energy = float(weight.double().square().sum())
-        errors = {}
+        errors = {DENSE: 0.0}
         for recipe in (INT8, INT4):
             stored = self.applier.store(module, weight, None, recipe).dequantize().to(weight.device)
             errors[recipe] = float((weight - stored).double().square().sum()) / energy if energy > 0 else 0.0
