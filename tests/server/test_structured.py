@@ -298,6 +298,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "nothing": {"guided_regex": "[^\\s\\S]"},
     "conjunction": {"guided_grammar": "start: T\nT: /.*a.{15}/ & /.*b.{16}/ & /.*c.{17}/ & ~/.*d.{18}/"},
     "blank lines": {"guided_grammar": "\n" * 120_000 + 'root ::= "a"'},
+    "white space": {"structured_outputs": {"json": {"const": 1}, "whitespace_pattern": " ?" * 100_000}},
     "chain": {"guided_grammar": "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(9000))},
 }  # fmt: skip
 # Large, but fair: compiled lazily, and served in bounded time and memory.
