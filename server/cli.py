@@ -159,7 +159,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "trust-request-chat-template",
-            "let a request bring its own chat template, a program that may keep a thread busy: on or off",
+            "let a request bring its own chat template, a program that may keep all others waiting: on or off",
             _switch,
         ),
         Option("log-level", "how much to log", choices=("debug", "info", "warning", "error")),

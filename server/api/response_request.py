@@ -23,8 +23,8 @@ from server.api.fields import (
     not_served,
 )
 from server.api.protocol import Absent, NoneListed, Off, PromptOptions, Strict, refusal
+from server.api.structured import TextOptions
 
-PLAIN_TEXT = {"format": {"type": "text"}}
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
 
@@ -69,6 +69,8 @@ class ResponseRequest(PromptOptions):
     top_logprobs: Logprobs | None = None
     metadata: dict[str, str] | None = None
 
+    text: TextOptions | None = None  # what the answer's text must match
+
     # sampling
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -87,7 +89,6 @@ class ResponseRequest(PromptOptions):
     prompt_cache_key: str | None = None
 
     # known, not served
-    text: Annotated[Any, not_served({}, PLAIN_TEXT, {**PLAIN_TEXT, "verbosity": "medium"})] = None
     tools: NoneListed = None
     tool_choice: Annotated[Any, not_served("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, not_served(True)] = None
@@ -111,14 +112,24 @@ class ResponseRequest(PromptOptions):
     def to_chat(self, earlier: list[ChatMessage]) -> ChatCompletionRequest:
         """The same as a chat behind the messages of an earlier response; its instructions are not carried over."""
         system = [] if self.instructions is None else [ChatMessage(role="system", content=self.instructions)]
+        wanted = None if self.text is None else self.text.format
         return ChatCompletionRequest(
             model=self.model,
             messages=[*system, *earlier, *self.messages],
             max_completion_tokens=self.max_output_tokens,
             logprobs=bool(self.include),
+            response_format=None if wanted is None else wanted.to_response_format(),
             top_logprobs=self.top_logprobs,
             **{name: getattr(self, name) for name in SAME_IN_CHAT},
         )
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """`text` as the response repeats it."""
+        wanted = None if self.text is None else self.text.format
+        if wanted is None:
+            return {"format": {"type": "text"}}
+        return {"format": wanted.model_dump(by_alias=True, exclude_none=True)}
 
     @property
     def messages(self) -> list[ChatMessage]:

@@ -72,12 +72,13 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     if body.previous_response_id is not None:
         earlier += store.get(body.previous_response_id, param="previous_response_id").messages
     chat = body.to_chat(earlier)
-    grammar = await compile_constraint(chat, service)
     form = tool_format(service, tokenizer)
     try:
+        grammar = await compile_constraint(chat, service)
         prompt = await prepare(chat, engine, tokenizer, form, prompt_param="input", length_param="max_output_tokens")
     except BadRequest as error:
-        error.param = "input" if error.param == "messages" else error.param  # what the template does not accept
+        renamed = {"messages": "input", "response_format": "text.format"}  # what the template does not accept
+        error.param = renamed.get((error.param or "").partition(".")[0], error.param)
         raise
     plan = make_plan(chat, "resp", [prompt], continuing=False, deadline_s=deadline_s, grammar=grammar)
     plan = replace(plan, response_id=plan.response_id.replace("-", "_", 1))
@@ -213,6 +214,7 @@ class _Call:
             previous_response_id=body.previous_response_id,
             store=self._keeps,
             temperature=params.temperature,
+            text=body.text_options,
             top_logprobs=first_given(body.top_logprobs, default=0),
             top_p=params.top_p,
             usage=None if status == "in_progress" else usage,

@@ -67,6 +67,38 @@ class ResponseFormat(_Strict):
         return self
 
 
+class TextFormat(_Strict):
+    """`text.format` of /v1/responses: the same, flat."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(pattern=_NAME)] | None = None
+    description: str | None = None
+    schema_: JsonObject | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> TextFormat:
+        parts = (self.name is not None, self.schema_ is not None)
+        if parts != ((True, True) if self.type == "json_schema" else (False, False)):
+            raise PydanticCustomError(
+                "text_format", "type json_schema goes with a name and a schema, and other types without", {}
+            )
+        return self
+
+    def to_response_format(self) -> ResponseFormat:
+        """As chats have it."""
+        if self.name is None or self.schema_ is None:
+            return ResponseFormat(type=self.type)
+        return ResponseFormat(type=self.type, json_schema=JsonSchemaFormat(name=self.name, schema=self.schema_))
+
+
+class TextOptions(_Strict):
+    """`text` of /v1/responses."""
+
+    format: TextFormat | None = None
+    verbosity: Annotated[Any, not_served("medium")] = None
+
+
 class StructuredOutputs(_Strict):
     """vLLM's `structured_outputs`: one kind of constraint."""
 

@@ -42,8 +42,9 @@ def to_llguidance(constraint: Constraint) -> str:
     """
     import llguidance
 
-    if len(constraint.text) > MAX_CHARS:
-        raise _refusal(constraint, f"it has {len(constraint.text)} characters, the limit is {MAX_CHARS}")
+    size = max(len(constraint.text), len(constraint.white_space))
+    if size > MAX_CHARS:
+        raise _refusal(constraint, f"it has {size} characters, the limit is {MAX_CHARS}")
     if constraint.kind == "json_schema":
         rule = f"start: {schema_rule(constraint)}"
     elif constraint.kind == "regex":

@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,11 +21,10 @@ from server.engine.notation import Constraint, to_llguidance
 from server.errors import BadRequest, Overloaded
 
 COMPILERS = 2  # threads
-MAX_PENDING = 64  # compilations that run or wait
-CACHED_CHARS = 1 << 20  # of compiled grammars that are kept: a compiled one takes some 100 bytes for each
+MAX_PENDING = 256  # compilations that run or wait
 MAX_MESSAGE_CHARS = 500
-# Of llguidance. A state of a lexer was measured at 0.45 kB, and a text of bounded length needs six for each character;
-# the others bound a mask to some 15 ms (Zen 3). Anything beyond is an error of that one sequence.
+# Of llguidance. 50,000 states of a lexer took 15 MB, and last for 19,000 characters of a string of bounded length; the
+# others bound a mask to some 15 ms, where 0.05 ms are usual (4,096 tokens, Zen 3). Beyond, that one sequence ends.
 LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,
     "max_grammar_size": 100_000,
@@ -95,7 +93,11 @@ class TokenMatcher:
 
 
 class GrammarCompiler:
-    """Compiles constraints for one model, and keeps what it compiled, refusals too. Cheap until first used."""
+    """Compiles constraints for one model. Cheap until first used.
+
+    Nothing compiled is kept: copies of a matcher share the states that were found, and the bound on them, so a request
+    that used them up would end those of others. A schema of the usual size compiles in a millisecond (Zen 3).
+    """
 
     def __init__(self, vocabulary: Vocabulary, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._vocabulary = vocabulary
@@ -104,36 +106,28 @@ class GrammarCompiler:
         self._threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammars")
         self._lock = threading.Lock()
         self._tokens: Any = None  # LLTokenizer
-        self._cache: OrderedDict[Constraint, Future[CompiledGrammar]] = OrderedDict()  # the newest last
-        self._pending: set[Future[CompiledGrammar]] = set()  # some of them may be done
+        self._num_pending = 0  # changed on the event loop only
 
     async def compile(self, constraint: Constraint) -> CompiledGrammar:
-        """The compiled constraint. To be called on one event loop.
+        """The compiled constraint, for the sequences of one request. To be called on one event loop.
 
         Raises BadRequest for what is wrong, unsatisfiable or too large, Overloaded where too many wait.
         """
         if not self._eos_token_ids:
             raise BadRequest("this model has no end-of-sequence token, so its text cannot be made to match",
                              param=constraint.param)  # fmt: skip
-        found = self._cache.get(constraint)
-        if found is None:
-            found = self._submit(constraint)
-        self._cache.move_to_end(constraint)
-        compiled = asyncio.wrap_future(found)
-        compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may be gone
-        return await asyncio.shield(compiled)
-
-    def _submit(self, constraint: Constraint) -> Future[CompiledGrammar]:
-        self._pending = {future for future in self._pending if not future.done()}
-        if len(self._pending) >= MAX_PENDING:
+        if self._num_pending >= MAX_PENDING:
             raise Overloaded("too many schemas and grammars are being compiled; retry later", retry_after_s=1,
                              code="too_many_grammars")  # fmt: skip
-        made = self._cache[constraint] = self._threads.submit(self._compile, constraint)
-        self._pending.add(made)
-        size = sum(len(kept.text) for kept in self._cache)
-        while size > CACHED_CHARS and len(self._cache) > 1:
-            size -= len(self._cache.popitem(last=False)[0].text)
-        return made
+        self._num_pending += 1
+        compiled = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, constraint)
+        compiled.add_done_callback(self._note_done)  # however the caller ended
+        return await asyncio.shield(compiled)
+
+    def _note_done(self, compiled: asyncio.Future[CompiledGrammar]) -> None:
+        self._num_pending -= 1
+        if not compiled.cancelled():
+            compiled.exception()  # the caller may be gone
 
     def _compile(self, constraint: Constraint) -> CompiledGrammar:
         import llguidance  # 8 MiB, for those who use it

@@ -216,6 +216,18 @@ def test_the_official_client_parses_into_a_model(live: Live) -> None:
     assert "".join(deltas) == final.choices[0].message.content
 
 
+def test_responses_match_their_format_too(live: Live) -> None:
+    form: Any = {"type": "json_schema", "name": "x", "schema": PERSON}
+    with live.client() as client:
+        answer = client.responses.create(model="demo", input="x", text={"format": form}, max_output_tokens=300)
+        jsonschema.validate(json.loads(answer.output_text), PERSON)
+        assert answer.text is not None and answer.text.format is not None and answer.text.format.type == "json_schema"
+        with pytest.raises(openai.BadRequestError) as caught:
+            wrong = {**form, "schema": UNSUPPORTED["not"]}
+            client.responses.create(model="demo", input="x", text={"format": wrong}, max_output_tokens=9)
+        assert caught.value.param == "text.format"
+
+
 UNSUPPORTED: dict[str, Schema] = {
     "uniqueItems": {"type": "array", "uniqueItems": True},
     "not": {"not": {"type": "string"}},
@@ -286,6 +298,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "nothing": {"guided_regex": "[^\\s\\S]"},
     "conjunction": {"guided_grammar": "start: T\nT: /.*a.{15}/ & /.*b.{16}/ & /.*c.{17}/ & ~/.*d.{18}/"},
     "blank lines": {"guided_grammar": "\n" * 120_000 + 'root ::= "a"'},
+    "white space": {"structured_outputs": {"json": {"const": 1}, "whitespace_pattern": " ?" * 100_000}},
     "chain": {"guided_grammar": "root ::= r0\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(9000))},
 }  # fmt: skip
 # Large, but fair: compiled lazily, and served in bounded time and memory.
@@ -336,9 +349,9 @@ def test_too_complex_halfway_ends_with_an_error_of_the_client(live: Live) -> Non
     """A text that needs more states than a matcher may have: an error event in a stream, after what was said."""
     from server.engine import structured
 
-    old, structured.LIMITS = structured.LIMITS, {**structured.LIMITS, "max_lexer_states": 1000}
+    old, structured.LIMITS = structured.LIMITS, {**structured.LIMITS, "max_lexer_states": 2000}
     try:
-        body = {"max_tokens": 400, "temperature": 1.0, **by_schema({"type": "string", "minLength": 901})}
+        body = {"max_tokens": 400, "temperature": 1.0, **by_schema({"type": "string", "minLength": 10_001})}
         whole = live.post("/v1/completions", prompt="x", **body)
         streamed = live.post("/v1/completions", prompt="x", stream=True, logprobs=0, **body)
     finally:

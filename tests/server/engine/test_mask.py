@@ -18,11 +18,11 @@ from models import random_model
 
 from server.api.tool_formats import FORMATS, Tool
 from server.core import FinishReason, Sequence, mask_bytes
-from server.engine import mask
+from server.engine import mask, structured
 from server.engine.notation import Constraint, Kind
 from server.engine.sampler import Draw
 from server.engine.structured import CompiledGrammar, GrammarCompiler, TokenMatcher
-from server.errors import BadRequest
+from server.errors import BadRequest, Overloaded
 
 WORDS = ("ab", "abc", '{"', '": ')
 VOCABULARY = ByteVocabulary(*WORDS)
@@ -224,15 +224,12 @@ def test_a_model_without_an_end_is_refused() -> None:
         asyncio.run(compiler.compile(Constraint("regex", "a", "field")))
 
 
-def test_compiled_grammars_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.structured.CACHED_CHARS", 10)
-    compiler = GrammarCompiler(VOCABULARY, vocab_size=VOCAB, eos_token_ids=[VOCABULARY.EOS])
-
-    async def compile_all(*texts: str) -> list[CompiledGrammar]:
-        return [await compiler.compile(Constraint("regex", text, "field")) for text in texts]
-
-    first, again, _, third = asyncio.run(compile_all("aaaa", "aaaa", "bbbbbbbb", "aaaa"))
-    assert first is again and third is not first
+def test_one_request_does_not_use_up_the_states_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(structured.LIMITS, "max_lexer_states", 60)
+    greedy, later = make("regex", "[a-z]{100}"), make("regex", "[a-z]{100}")
+    first = greedy.start()
+    assert any(masks_of(first, ids("q" * count), []) == [None] for count in range(100)) and first.failure is not None
+    assert masks_of(later.start(), ids("q"), []) != [None]
 
 
 def test_a_control_token_may_mark_calls() -> None:
@@ -247,3 +244,18 @@ def test_a_control_token_may_mark_calls() -> None:
     free = make("grammar", text).start()
     [later] = masks_of(free, ids("text ["), [])
     assert later is not None and {control, VOCABULARY.EOS, *ids("x")} <= later
+
+
+def test_too_many_compilations_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.structured.MAX_PENDING", 2)
+    compiler = GrammarCompiler(VOCABULARY, vocab_size=VOCAB, eos_token_ids=[VOCABULARY.EOS])
+
+    async def flood() -> list[object]:
+        made = [compiler.compile(Constraint("regex", "a" * (i + 1), "field")) for i in range(12)]
+        return list(await asyncio.gather(*made, return_exceptions=True))
+
+    results = asyncio.run(flood())
+    assert any(isinstance(result, CompiledGrammar) for result in results)
+    refused = [result for result in results if isinstance(result, Overloaded)]
+    assert refused and all(error.code == "too_many_grammars" for error in refused)
+    assert isinstance(asyncio.run(compiler.compile(Constraint("regex", "b", "field"))), CompiledGrammar)
