@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from server.api import admin, chat, completions, text
 from server.api.failures import install_handlers
 from server.api.middleware import ApiKey, BodyLimit, RequestContext
+from server.page import router as page
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -39,7 +40,7 @@ def create_app(service: Service) -> FastAPI:
         status=service.status,
         info=lambda: None if service.engine is None else service.engine.info,
     )
-    for router in (completions.router, chat.router, text.router, admin.router):
+    for router in (completions.router, chat.router, text.router, admin.router, page.router):
         app.include_router(router)
     install_handlers(app, service.metrics)
     app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)  # the last one added is outermost

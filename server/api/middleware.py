@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
+PAGE = "/page/"  # files of the page: it holds nothing, and asks with the key that its user gives
 
 
 class RequestContext:
@@ -83,7 +84,7 @@ class ApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
-        if scope["type"] != "http" or not self.digests or scope["path"] in OPEN_PATHS or self._known(scope):
+        if scope["type"] != "http" or not self.digests or _is_open(scope["path"]) or self._known(scope):
             await self.app(scope, receive, send)
             return
         error = Unauthorized(
@@ -141,6 +142,10 @@ def _request_id(given: str | None) -> str:
     if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
         return given
     return uuid.uuid4().hex
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(PAGE)
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,0 +1,48 @@
+// The card that stands in the chat until the model answers: which phase, how far, what is left, what has passed.
+
+import { find, make } from "./dom.js";
+import { duration, percent } from "./format.js";
+
+const NAMES = {
+  starting: "Starting",
+  downloading: "Downloading the model",
+  compressing: "Compressing the model",
+  loading: "Loading the model",
+  warming_up: "Running the largest step once",
+  draining: "Shutting down",
+  failed: "The model cannot be served",
+};
+
+/** A phase in words; one that this page does not know is named as the server names it. */
+export function phaseName(phase) {
+  return NAMES[phase] ?? phase.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
+}
+
+/** The card for a reading; `talked` says that a conversation stands below, so that it must be short. */
+export function showStart(reading, talked) {
+  const card = find("#start");
+  card.hidden = reading.ready || (talked && reading.reachable === false);
+  if (card.hidden) return;
+  if (!reading.reachable) {
+    card.replaceChildren(make("h2", {}, "This server does not answer"),
+      make("p", {}, `Not since ${reading.lostAt.toLocaleTimeString()}. The page tries again every second.`),
+      make("p", { class: "quiet" }, "A server that starts opens its port at once and says here how far it is."));
+    return;
+  }
+  if (reading.phase === "failed" || reading.phase === "draining") {
+    const why = reading.phase === "draining" ? "Answers under way are finished; new messages are refused." : reading.detail;
+    card.replaceChildren(make("h2", {}, phaseName(reading.phase)), make("p", {}, why));
+    return;
+  }
+  const left = reading.eta_s === null ? "" : `, about ${duration(reading.eta_s)} left`;
+  const passed = Object.entries(reading.phases).filter(([phase]) => phase !== reading.phase);
+  card.replaceChildren(
+    make("h2", {}, phaseName(reading.phase)),
+    make("p", { class: "quiet" }, "You can write already. Sending works once the model is ready; this page follows by itself."),
+    make("progress", { max: "1", value: reading.progress.toFixed(3), "aria-label": phaseName(reading.phase) }),
+    make("p", { class: "detail quiet" }, make("span", {}, reading.detail), make("span", {}, percent(reading.progress) + left)),
+    make("ol", { class: "phases" },
+      ...passed.map(([phase, seconds]) => make("li", { class: "done" }, make("span", {}, phaseName(phase)), make("span", {}, duration(seconds)))),
+      make("li", { class: "now", "aria-current": "step" }, make("span", {}, phaseName(reading.phase)), make("span", {}, `${duration(reading.elapsed_s)} in all`))),
+  );
+}
