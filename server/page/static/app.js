@@ -115,9 +115,11 @@ function showRefusal(error) {
   const field = settings.blame(error.param, error.message);
   const wait = make("p", { class: "quiet" });
   const busy = error.status === 503 || error.status === 429;
+  const tooLong = error.code === "context_length_exceeded" && !field && !chat.empty;
   box.classList.toggle("mild", busy);
   box.replaceChildren(make("p", {}, error.message), wait, make("div", { class: "row" },
-    ...(field ? [button("Open the setting", () => { views.show("settings"); field.focus(); })] : []),
+    tooLong ? button("New chat", () => { hideProblem(); chat.clear(); }) : null,
+    field ? button("Open the setting", () => { views.show("settings"); field.focus(); }) : null,
     button("Dismiss", () => { hideProblem(); prompt.focus(); })));
   box.hidden = false;
   countDown(wait, error.retryAfter);
@@ -149,6 +151,7 @@ function showCode() {
 /** Everything that follows from the reading and the conversation. */
 function refresh() {
   const { writing, empty } = chat;
+  watch.busy = writing;
   const names = { ready: "Ready", gone: "No answer", wait: reading.phase ? phaseName(reading.phase) : "Connecting" };
   const kind = reading.ready ? "ready" : reading.reachable ? "wait" : reading.lostAt && model ? "gone" : "wait";
   const far = kind === "wait" && reading.progress > 0 && reading.progress < 1 ? ` ${percent(reading.progress)}` : "";
@@ -165,7 +168,8 @@ function refresh() {
   find("#send").hidden = writing;
   find("#send").disabled = !reading.ready || prompt.value.trim() === "";
   if (held) prompt.focus();
-  setText(find("#context"), card && chat.context ? `${count(chat.context)} of ${count(card.max_model_len)} tokens of context` : "");
+  const used = card && chat.context ? `${count(chat.context)} of ${count(card.max_model_len)} tokens of context` : "";
+  setText(find("#context"), used);
   if (model !== refresh.model) {
     refresh.model = model;
     showCode();

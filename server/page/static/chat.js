@@ -1,4 +1,4 @@
-// The conversation: what was said, the answer that is being written, and how either ends. The server's state is not here.
+// The conversation: what was said, the answer being written, and how either ends. Not the server's state.
 
 import { streamChat } from "./api.js";
 import { copyButton, button, find, make, setText } from "./dom.js";
@@ -25,7 +25,7 @@ export class Chat {
     this.#context = load("tab", "context") ?? 0;
     this.#scroll.addEventListener("scroll", () => this.#showLatest());
     find("#latest").addEventListener("click", () => this.#toEnd());
-    find("#new").addEventListener("click", () => this.#clear());
+    find("#new").addEventListener("click", () => this.clear());
     window.addEventListener("pagehide", () => this.#keep());
     this.#showActions();
     this.#toEnd();
@@ -111,7 +111,7 @@ export class Chat {
     turn.box = make("div", { class: "text", dir: "auto" });
     turn.under = make("div", { class: "under-message" });
     turn.element = make("li", { class: `message ${turn.role}` },
-      make("h2", { class: turn.role === "user" ? "unseen" : "unseen" }, turn.role === "user" ? "You" : "Model"),
+      make("h2", { class: "unseen" }, turn.role === "user" ? "You" : "Model"),
       turn.box, turn.under);
     this.#turns.push(turn);
     this.#list.append(turn.element);
@@ -149,7 +149,7 @@ export class Chat {
       const done = !(this.writing && i === last);
       turn.under.replaceChildren(
         ...(done ? [copyButton("Copy", () => turn.text, { class: "link", "aria-label": "Copy the answer" })] : []),
-        ...(done && i === last ? [button("Again", () => this.#again(), { class: "link", "aria-label": "Answer again" })] : []),
+        ...(done && i === last ? [button("Again", () => this.#again(), { class: "link", title: "Answer again" })] : []),
         ...(turn.note ? [make("span", {}, turn.note)] : []),
         ...(turn.cut ? [make("span", { class: "cut" }, turn.cut)] : []),
         ...(done && turn.text === "" ? [make("span", {}, "An empty answer")] : []),
@@ -175,7 +175,8 @@ export class Chat {
     this.#hooks.changed();
   }
 
-  #clear() {
+  /** Forget the conversation; what stands in the box stays. */
+  clear() {
     this.#drop(this.#turns.length);
     this.#context = 0;
     this.#keep();
@@ -185,8 +186,12 @@ export class Chat {
   }
 
   #keep() {
-    let turns = this.#turns.map(({ role, text, note, cut }) => ({ role, text, note, cut }));
-    if (this.writing) turns = turns.at(-1).text === "" ? turns.slice(0, -2) : turns.with(-1, { ...turns.at(-1), cut: ENDS.reload });
+    const turns = this.#turns.map(({ role, text, note, cut }) => ({ role, text, note, cut }));
+    if (this.writing) {
+      const half = turns.pop();
+      if (half.text === "") turns.pop();
+      else turns.push({ ...half, cut: ENDS.reload });
+    }
     save("tab", "turns", turns);
     save("tab", "context", this.#context);
   }

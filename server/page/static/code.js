@@ -24,22 +24,29 @@ export class Code {
 }
 
 function curl(base, model, messages, values) {
-  const body = JSON.stringify({ model, messages, stream: true, ...values }, null, 2).replaceAll("'", "'\\''");
+  const listed = messages.map((message) => `      ${JSON.stringify(message)}`).join(",\n");
+  const others = Object.entries({ stream: true, ...values }).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`);
+  const fields = [`"model": ${JSON.stringify(model)}`, `"messages": [\n${listed}\n    ]`, ...others];
+  const body = `{\n    ${fields.join(",\n    ")}\n  }`.replaceAll("'", "'\\''");
   const auth = readKey() === null ? "" : `  -H "Authorization: Bearer $${KEY}" \\\n`;
   return `curl -N ${base}/chat/completions \\\n  -H 'Content-Type: application/json' \\\n${auth}  -d '${body}'`;
 }
 
 function python(base, model, messages, values) {
   const ours = ["top_k", "min_p", "repetition_penalty"]; // not OpenAI's: the client sends them as extra_body
-  const lines = Object.entries(values).filter(([name]) => !ours.includes(name)).map(([name, value]) => `    ${name}=${literal(value)},`);
-  const extra = Object.fromEntries(Object.entries(values).filter(([name]) => ours.includes(name)));
+  const given = Object.entries(values);
+  const lines = given.filter(([name]) => !ours.includes(name)).map(([name, value]) => `    ${name}=${literal(value)},`);
+  const extra = Object.fromEntries(given.filter(([name]) => ours.includes(name)));
   if (Object.keys(extra).length > 0) lines.push(`    extra_body=${literal(extra)},`);
   const key = readKey() === null ? '"none"' : `os.environ["${KEY}"]`;
   return [
     ...(readKey() === null ? [] : ["import os", ""]),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${literal(base)}, api_key=${key})`,
+    "client = OpenAI(",
+    `    base_url=${literal(base)},`,
+    `    api_key=${key},`,
+    ")",
     "stream = client.chat.completions.create(",
     `    model=${literal(model)},`,
     "    messages=[",

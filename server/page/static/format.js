@@ -19,9 +19,10 @@ export function bytes(number) {
   return `${unit === 0 || size >= 100 ? size.toFixed(0) : size.toPrecision(3)} ${UNITS[unit]}`;
 }
 
-/** A share of 0..1: 0 %, 0.4 %, 12 %. */
+/** A share of 0..1: 0 %, < 0.1 %, 0.4 %, 12 %. */
 export function percent(share) {
   const hundredths = 100 * share;
+  if (hundredths > 0 && hundredths < 0.1) return "< 0.1 %";
   return `${hundredths > 0 && hundredths < 1 ? hundredths.toFixed(1) : hundredths.toFixed(0)} %`;
 }
 

@@ -7,9 +7,9 @@ const KINDS = {
   weights: "Weights",
   low_rank: "Low-rank factors",
   kv: "KV cache",
-  workspace: "Workspace of a step",
+  workspace: "Workspace of steps",
   graphs: "Recorded steps",
-  other: "Runtime and libraries",
+  other: "Runtime, libraries",
   free: "Free",
 };
 const LINE_S = 60;
@@ -74,7 +74,9 @@ function drawLine(rates) {
   const svg = find("#line");
   const now = rates.at(-1)?.at ?? 0;
   const most = Math.max(1, ...rates.map((point) => point.rate));
-  const points = rates.map(({ at, rate }) => `${(240 - (240 * (now - at)) / LINE_S).toFixed(1)},${(42 - (38 * rate) / most).toFixed(1)}`);
+  const x = (at) => (240 - (240 * (now - at)) / LINE_S).toFixed(1);
+  const y = (value) => (42 - (38 * value) / most).toFixed(1);
+  const points = rates.map((point) => `${x(point.at)},${y(point.rate)}`);
   if (points.length < 2) return svg.replaceChildren();
   const [from, to] = [points[0].split(",")[0], points.at(-1).split(",")[0]];
   svg.replaceChildren(makeSvg("path", { d: `M${from},44 L${points.join(" L")} L${to},44 Z` }),
@@ -83,7 +85,8 @@ function drawLine(rates) {
 
 function showKv(usage, tokens) {
   setShare(find("#kv-bar"), usage);
-  setText(find("#kv-text"), tokens ? `${count(Math.round(usage * tokens))} of ${count(tokens)} tokens held` : "Not made yet");
+  const held = `${count(Math.round(usage * tokens))} of ${count(tokens)} tokens held`;
+  setText(find("#kv-text"), tokens ? held : "Not made yet");
 }
 
 function showMemory(ledger) {
@@ -107,7 +110,8 @@ function showMemory(ledger) {
     make("th", { scope: "row" }, make("i"), KINDS[kind] ?? kind),
     make("td", {}, bytes(size)),
     make("td", {}, percent(size / budget)))),
-  make("tr", { class: "total" }, make("th", { scope: "row" }, "Budget"), make("td", {}, bytes(budget)), make("td", {}, "")));
+  make("tr", { class: "total" },
+    make("th", { scope: "row" }, "Budget"), make("td", {}, bytes(budget)), make("td")));
 }
 
 function setShare(element, share) {

@@ -1,4 +1,5 @@
-// A message's text on the screen: as it is written, but for fenced code, which gets a box of its own. Only text nodes.
+// A message's text on the screen: as it is written, but for fenced code, which gets a box of its own, and for
+// rows of empty lines, of which one is shown. Only text nodes.
 
 import { copyButton, make, setText } from "./dom.js";
 
@@ -9,8 +10,9 @@ export function splitFences(text) {
   let lines = [];
   const close = () => {
     const text = lines.join("\n");
-    if (code || text.trim()) pieces.push({ code: code !== null, text: code ? text : text.replace(/^\n+|\s+$/g, ""),
-      language: code?.language ?? "" });
+    const plain = text.replace(/^\n+|\s+$/g, "").replace(/\n{3,}/g, "\n\n");
+    if (code) pieces.push({ code: true, text, language: code.language });
+    else if (plain) pieces.push({ code: false, text: plain });
     lines = [];
   };
   for (const line of text.split("\n")) {

@@ -27,7 +27,7 @@ export class Settings {
   constructor(onChange) {
     for (const [name, label, min, max] of FIELDS) {
       const input = make("input", { id: `set-${name}`, name, inputmode: WHOLE.has(name) ? "numeric" : "decimal",
-        autocomplete: "off", placeholder: "–", "aria-describedby": `wrong-${name}` });
+        autocomplete: "off", placeholder: "default", "aria-describedby": `wrong-${name}` });
       const wrong = make("p", { id: `wrong-${name}`, class: "wrong" });
       find("#fields").append(make("label", { for: input.id, title: range(min, max) }, label), input, wrong);
       this.#inputs.set(name, input);
@@ -35,7 +35,8 @@ export class Settings {
     }
     this.#wrongs.set("stop", find("#stops-wrong"));
     this.#inputs.set("stop", find("#stops"));
-    for (const field of this.#form.elements) if (field.name) field.value = load("machine", "settings")?.[field.name] ?? "";
+    const kept = load("machine", "settings") ?? {};
+    for (const field of this.#form.elements) if (field.name) field.value = kept[field.name] ?? "";
     this.#form.addEventListener("submit", (event) => event.preventDefault());
     this.#form.addEventListener("input", () => {
       this.check();
@@ -81,7 +82,8 @@ export class Settings {
     for (const [name, , min, max] of FIELDS) {
       const input = this.#inputs.get(name);
       const number = Number(input.value);
-      const wrong = input.value.trim() !== "" && !(number >= min && number <= max && (!WHOLE.has(name) || Number.isInteger(number)));
+      const fits = number >= min && number <= max && (!WHOLE.has(name) || Number.isInteger(number));
+      const wrong = input.value.trim() !== "" && !fits;
       this.#mark(name, wrong ? `${WHOLE.has(name) ? "A whole number" : "A number"} ${range(min, max)}.` : "");
       if (wrong) first ??= input;
     }
@@ -100,7 +102,8 @@ export class Settings {
   /** Say whether a key is kept. */
   showKey() {
     const kept = readKey() !== null;
-    setText(find("#key-state"), kept ? "A key is kept until this tab closes." : "None is kept. The chat asks where one is needed.");
+    const without = "None is kept. The chat asks where one is needed.";
+    setText(find("#key-state"), kept ? "A key is kept until this tab closes." : without);
     find("#forget").hidden = !kept;
   }
 

@@ -30,7 +30,8 @@ export function showStart(reading, talked) {
     return;
   }
   if (reading.phase === "failed" || reading.phase === "draining") {
-    const why = reading.phase === "draining" ? "Answers under way are finished; new messages are refused." : reading.detail;
+    const draining = "Answers under way are finished; new messages are refused.";
+    const why = reading.phase === "draining" ? draining : reading.detail;
     card.replaceChildren(make("h2", {}, phaseName(reading.phase)), make("p", {}, why));
     return;
   }
@@ -38,11 +39,17 @@ export function showStart(reading, talked) {
   const passed = Object.entries(reading.phases).filter(([phase]) => phase !== reading.phase);
   card.replaceChildren(
     make("h2", {}, phaseName(reading.phase)),
-    make("p", { class: "quiet" }, "You can write already. Sending works once the model is ready; this page follows by itself."),
+    make("p", { class: "quiet" },
+      "You can write already. Sending works once the model is ready; this page follows by itself."),
     make("progress", { max: "1", value: reading.progress.toFixed(3), "aria-label": phaseName(reading.phase) }),
-    make("p", { class: "detail quiet" }, make("span", {}, reading.detail), make("span", {}, percent(reading.progress) + left)),
+    make("p", { class: "detail quiet" },
+      make("span", {}, reading.detail), make("span", {}, percent(reading.progress) + left)),
     make("ol", { class: "phases" },
-      ...passed.map(([phase, seconds]) => make("li", { class: "done" }, make("span", {}, phaseName(phase)), make("span", {}, duration(seconds)))),
-      make("li", { class: "now", "aria-current": "step" }, make("span", {}, phaseName(reading.phase)), make("span", {}, `${duration(reading.elapsed_s)} in all`))),
+      ...passed.map(([phase, seconds]) => step(phase, duration(seconds), { class: "done" })),
+      step(reading.phase, `${duration(reading.elapsed_s)} in all`, { class: "now", "aria-current": "step" })),
   );
+}
+
+function step(phase, time, attributes) {
+  return make("li", attributes, make("span", {}, phaseName(phase)), make("span", {}, time));
 }

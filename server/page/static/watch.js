@@ -29,6 +29,7 @@ export class Watch {
   #timer = 0;
   #lostAt = null;
   #looking = false;
+  busy = false; // whether the page itself has something running: then a look each second
 
   constructor(onReading) {
     this.#onReading = onReading;
@@ -57,7 +58,7 @@ export class Watch {
       this.#looking = false;
     }
     this.#onReading(reading);
-    const busy = !reading.ready || reading.running + reading.waiting > 0 || reading.rate > 0;
+    const busy = this.busy || !reading.ready || reading.running + reading.waiting > 0 || reading.rate > 0;
     if (!document.hidden) this.#timer = setTimeout(() => this.#look(), busy ? BUSY_MS : IDLE_MS);
   }
 
