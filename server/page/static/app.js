@@ -32,7 +32,7 @@ const watch = new Watch((seen) => {
   reading = seen;
   if (seen.reachable) model = seen.model;
   if (seen.ready && (!wasReady || card === null)) loadCard();
-  if (!seen.reachable) card = null; // what comes back may be another model
+  if (!seen.reachable) forgetCard(); // what comes back may be another model
   showNumbers(seen);
   refresh();
 });
@@ -97,6 +97,11 @@ async function loadCard(keyWasGiven = false) {
   }
 }
 
+function forgetCard() {
+  card = null;
+  showFacts(null);
+}
+
 function askForKey(refused) {
   const form = find("#key-form");
   const shown = !form.hidden;
@@ -159,7 +164,7 @@ function refresh() {
   setText(find("#state"), names[kind] + far);
   setText(find("#model"), model);
   document.title = `${far ? `${far.trim()} · ` : ""}${model || "spq-serve"}`;
-  showStart(reading, !empty);
+  showStart(reading);
   find("#welcome").hidden = !(empty && reading.ready);
   setText(find("#welcome-name"), model);
   setText(find("#welcome-facts"), card ? summary(card) : "");

@@ -8,11 +8,11 @@ export function count(number) {
   return whole.format(number);
 }
 
-/** Bytes with three digits: 2.76 MiB. */
+/** Bytes with three digits: 2.76 MiB, 0.989 MiB. */
 export function bytes(number) {
   let unit = 0;
   let size = number;
-  while (size >= 1024 && unit < UNITS.length - 1) {
+  while (size >= 1000 && unit < UNITS.length - 1) {
     size /= 1024;
     unit += 1;
   }
@@ -31,11 +31,11 @@ export function rate(number) {
   return number > 0 && number < 10 ? number.toFixed(1) : count(number);
 }
 
-/** A duration in seconds: 4 ms, 3.2 s, 2 min 5 s. */
+/** A duration in seconds: 4.1 ms, 3.2 s, 8 s, 2 min 5 s. */
 export function duration(seconds) {
   if (seconds < 0.01) return `${(1000 * seconds).toFixed(1)} ms`;
   if (seconds < 1) return `${(1000 * seconds).toFixed(0)} ms`;
-  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
   if (seconds < 60) return `${seconds.toFixed(0)} s`;
   const minutes = Math.floor(seconds / 60);
   const rest = Math.round(seconds - 60 * minutes);

@@ -31,11 +31,12 @@ export function showNumbers(reading) {
   show("up", known ? duration(reading.elapsed_s) : "–");
   drawLine(known ? reading.rates : []);
   showKv(known ? reading.kvUsage : 0, known ? reading.kvTokens : 0);
-  showMemory(known ? reading.ledger : {});
+  showMemory(known ? reading.ledger : {}, known ? "Known once the model is loaded" : "–");
 }
 
-/** What /v1/models says of the model, in words. */
+/** What /v1/models says of the model, in words; null takes the words away. */
 export function showFacts(card) {
+  if (card === null) return find("#facts").replaceChildren();
   const { spq } = card;
   const packed = spq.compression ?? {};
   const rows = [
@@ -86,19 +87,19 @@ function drawLine(rates) {
 function showKv(usage, tokens) {
   setShare(find("#kv-bar"), usage);
   const held = `${count(Math.round(usage * tokens))} of ${count(tokens)} tokens held`;
-  setText(find("#kv-text"), tokens ? held : "Not made yet");
+  setText(find("#kv-text"), tokens ? held : "–");
 }
 
-function showMemory(ledger) {
+function showMemory(ledger, without) {
   const kinds = Object.entries(ledger).filter(([, size]) => size > 0);
   const budget = kinds.reduce((total, [, size]) => total + size, 0);
-  const key = JSON.stringify(kinds);
+  const key = JSON.stringify([kinds, without]);
   const body = find("#memory");
   if (body.dataset.drawn === key) return;
   body.dataset.drawn = key;
   if (budget === 0) {
     find("#memory-stack").replaceChildren();
-    body.replaceChildren(make("tr", {}, make("td", { class: "quiet" }, "Known once the model is loaded")));
+    body.replaceChildren(make("tr", {}, make("td", { class: "quiet" }, without)));
     return;
   }
   find("#memory-stack").replaceChildren(...kinds.map(([kind, size]) => {

@@ -18,11 +18,17 @@ export function phaseName(phase) {
   return NAMES[phase] ?? phase.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
 }
 
-/** The card for a reading; `talked` says that a conversation stands below, so that it must be short. */
-export function showStart(reading, talked) {
+/** The card for a reading. It stands under the conversation, if there is one, and is moved into view when it comes. */
+export function showStart(reading) {
   const card = find("#start");
-  card.hidden = reading.ready || (talked && reading.reachable === false);
+  const wasHidden = card.hidden;
+  card.hidden = reading.ready;
   if (card.hidden) return;
+  draw(card, reading);
+  if (wasHidden) card.scrollIntoView({ block: "nearest" });
+}
+
+function draw(card, reading) {
   if (!reading.reachable) {
     card.replaceChildren(make("h2", {}, "This server does not answer"),
       make("p", {}, `Not since ${reading.lostAt.toLocaleTimeString()}. The page tries again every second.`),
@@ -35,8 +41,9 @@ export function showStart(reading, talked) {
     card.replaceChildren(make("h2", {}, phaseName(reading.phase)), make("p", {}, why));
     return;
   }
-  const left = reading.eta_s === null ? "" : `, about ${duration(reading.eta_s)} left`;
+  const left = reading.eta_s === null ? "" : `, about ${duration(Math.max(1, Math.round(reading.eta_s)))} left`;
   const passed = Object.entries(reading.phases).filter(([phase]) => phase !== reading.phase);
+  const spent = reading.elapsed_s - passed.reduce((total, [, seconds]) => total + seconds, 0);
   card.replaceChildren(
     make("h2", {}, phaseName(reading.phase)),
     make("p", { class: "quiet" },
@@ -46,7 +53,7 @@ export function showStart(reading, talked) {
       make("span", {}, reading.detail), make("span", {}, percent(reading.progress) + left)),
     make("ol", { class: "phases" },
       ...passed.map(([phase, seconds]) => step(phase, duration(seconds), { class: "done" })),
-      step(reading.phase, `${duration(reading.elapsed_s)} in all`, { class: "now", "aria-current": "step" })),
+      step(reading.phase, duration(Math.max(0, spent)), { class: "now", "aria-current": "step" })),
   );
 }
 

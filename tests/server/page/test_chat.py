@@ -141,9 +141,7 @@ def test_the_words_of_a_model_are_text(chat: Any) -> None:
         expect(box.locator("p").first).to_have_text("<img src=x onerror=\"document.title='owned'\">")
         expect(box.locator("pre code")).to_have_text("<b>bold</b>")
         expect(box.locator("p").last).to_have_text("<script>1</script> & so on")
-    outcome = (
-        "() => { try { document.body.innerHTML = '<i>x</i>'; return 'done' } catch (e) { return e.name } }"
-    )
+    outcome = "() => { try { document.body.innerHTML = '<i>x</i>'; return 'done' } catch (e) { return e.name } }"
     assert page.evaluate(outcome) == "TypeError", "Trusted Types stop even a mistake of ours"
     assert "owned" not in page.title()
 

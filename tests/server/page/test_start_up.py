@@ -100,6 +100,8 @@ def test_phases_are_followed_through_reloads_until_an_answer(gated: Gated, visit
     # the server goes: the conversation stays, and so does what is typed
     gated.close()
     expect(page.locator("#state")).to_have_text("No answer")
+    expect(card).to_contain_text("This server does not answer")
+    expect(card).to_be_in_viewport()
     expect(page.locator(".message")).to_have_count(2)
     page.fill("#prompt", "Still there?")
     expect(page.locator("#send")).to_be_disabled()
