@@ -84,7 +84,7 @@ class ScriptedService(Service):
         visible = (i for i in range(len(tokenizer)) if tokenizer.token_bytes(i).decode("ascii", "ignore").strip())
         words = [i for i, _ in zip((i for i in visible if not tokenizer.is_special(i)), range(WORDS), strict=False)]
         info = ModelInfo(
-            max_model_len=MAX_LEN, vocab_size=len(tokenizer), eos_token_ids=(), block_size=BLOCK_SIZE,
+            max_model_len=MAX_LEN, vocab_size=len(tokenizer), hidden_size=1, eos_token_ids=(), block_size=BLOCK_SIZE,
             num_blocks=blocks.num_blocks, kv_tokens=blocks.num_blocks * BLOCK_SIZE, max_num_seqs=config.max_num_seqs,
             dtype="none", kv_dtype="none", device="none", backend="scripted", ledger={},
         )  # fmt: skip

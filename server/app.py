@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from server.api import admin, chat, completions, text
+from server.api import admin, chat, completions, docs, embeddings, load, responses_api, text
 from server.api.failures import install_handlers
 from server.api.middleware import ApiKey, BodyLimit, RequestContext
+from server.api.response_store import ResponseStore
 from server.page import router as page
 
 if TYPE_CHECKING:
@@ -32,16 +33,18 @@ def create_app(service: Service) -> FastAPI:
             await service.drain()
             service.close()
 
-    # The interactive pages would load scripts from elsewhere; the schema itself stays.
+    # FastAPI's own page would load scripts from elsewhere; ours is in server.api.docs.
     app = FastAPI(title="spq-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
+    app.state.responses = ResponseStore(service.config.response_store_bytes)
     service.metrics.bind(
         stats=lambda: None if service.engine is None else service.engine.stats(),
         status=service.status,
         info=lambda: None if service.engine is None else service.engine.info,
     )
-    for router in (completions.router, chat.router, text.router, admin.router, page.router):
-        app.include_router(router)
+    for module in (completions, chat, responses_api, embeddings, text, load, admin, docs, page):
+        app.include_router(module.router)
+    docs.install_schema(app)
     install_handlers(app, service.metrics)
     app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)  # the last one added is outermost
     app.add_middleware(ApiKey, keys=service.config.api_keys)

@@ -124,6 +124,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("prefix-caching", "share KV pages of equal prompt beginnings: on or off", _switch),
         Option("admission-reserve", "share (0..1) of the tokens still to come that admission keeps free", float),
         Option(
+            "scheduling-policy",
+            "who goes first: fcfs, by arrival; priority, by the field of the request, lower first",
+            choices=("fcfs", "priority"),
+        ),
+        Option(
             "speculative-ngram",
             "tokens guessed ahead, where the last few stood in the text before (0: off); answers stay the same",
             int,
@@ -140,6 +145,17 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("drain-timeout", "seconds that accepted requests get after SIGTERM", float, field="drain_timeout_s"),
         Option("max-body", "bytes of a request body at most, e.g. 8MiB", parse_bytes, field="max_body_bytes"),
         Option("max-sequences-per-request", "n times prompts of one call", int),
+        Option(
+            "response-store",
+            "bytes of answers of /v1/responses kept in memory to be continued, e.g. 64MiB; 0: none",
+            parse_bytes,
+            field="response_store_bytes",
+        ),
+        Option(
+            "trust-request-chat-template",
+            "let a request bring its own chat template, a program that may keep all others waiting: on or off",
+            _switch,
+        ),
         Option("log-level", "how much to log", choices=("debug", "info", "warning", "error")),
     ),
 }

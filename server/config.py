@@ -45,6 +45,7 @@ class ServerConfig(BaseModel):
     block_size: int = Field(16, ge=1)  # tokens per KV page
     prefix_caching: bool = True
     admission_reserve: float = Field(0.3, ge=0.0, le=1.0)  # share of the not yet generated tokens kept free
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     speculative_ngram: int = Field(0, ge=0, le=32)  # tokens guessed ahead at most; 0 = off
     max_queue: int = Field(256, ge=0)  # sequences waiting; more are refused with 503
 
@@ -56,6 +57,8 @@ class ServerConfig(BaseModel):
     drain_timeout_s: float = Field(30.0, ge=0)
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_sequences_per_request: int = Field(128, ge=1)  # n x prompts of one call
+    response_store_bytes: int = Field(64 * 1024 * 1024, ge=0)  # of answers of /v1/responses; 0 = nothing is kept
+    trust_request_chat_template: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

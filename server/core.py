@@ -39,14 +39,24 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()  # the model's own; empty under ignore_eos
+    allowed_token_ids: tuple[int, ...] = ()  # nothing else may be drawn; empty = all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences whose last token may not follow the others
     logprobs: int | None = None  # None = none; k = the sampled token and the k best
+    logprob_token_ids: tuple[int, ...] = ()  # score these in place of the k best
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    pools: bool = False  # sum the states of all prompt tokens, for an embedding; with max_tokens 0
 
     @property
     def needs_host(self) -> bool:
         """Whether a step needs what the one before brought to the host: tokens to penalise, or how far scores go."""
         penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        return penalised or self.prompt_logprobs is not None
+        looks_back = penalised or any(len(word) > 1 for word in self.bad_words)
+        return looks_back or self.reads_prompt
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something of every prompt token is asked for: all have to be run, found in the cache or not."""
+        return self.prompt_logprobs is not None or self.pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,20 @@ class TokenLogprobs:
 
     logprob: float  # of the token that stands there
     rank: int  # 1 = the most likely
-    top: tuple[tuple[int, float], ...]  # the k best, best first
+    top: tuple[tuple[int, float], ...]  # the k best, best first; or those of `logprob_token_ids`, in their order
+
+
+@dataclass(slots=True)
+class StateSum:
+    """The model's last states, after the last norm, summed over tokens."""
+
+    total: list[float]  # one number per dimension; empty before the first token
+    num_tokens: int
+
+    def add(self, states: SequenceOf[float], num_tokens: int) -> None:
+        """Add the sum over the next tokens."""
+        self.total = [a + b for a, b in zip(self.total, states, strict=True)] if self.total else list(states)
+        self.num_tokens += num_tokens
 
 
 @dataclass(slots=True)
@@ -84,8 +107,11 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    states: StateSum = field(default_factory=lambda: StateSum([], 0))  # of the prompt, where it is to be pooled
     max_len: int = 0  # tokens with which it ends at the latest, and the tokens that end it sooner: the scheduler
     end_ids: frozenset[int] = frozenset()  # sets both once, since it looks at them with every token
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # pages are shared only among sequences of the same salt
 
     @property
     def num_pending_tokens(self) -> int:

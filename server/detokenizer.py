@@ -12,6 +12,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -27,6 +28,19 @@ class TokenTable(Protocol):
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a control token, which text does not show."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextStyle:
+    """What of a sequence is text."""
+
+    stop: Sequence[str] = ()
+    include_stop: bool = False  # the stop string, or stop token, that ended it
+    skip_special: bool = True  # control tokens
+    spaces_between_special: bool = True  # where they are shown: the space that some vocabularies put between two
+
+
+PLAIN = TextStyle()
 
 
 class TokenBytes:
@@ -85,7 +99,9 @@ class StopMatcher:
     wins. Cost: one automaton step per character and stop, amortised.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """`include`: the stop string that is found is part of the text."""
+        self._include = include
         self._stops = [(stop, _failure_function(stop)) for stop in stops]
         self._states = [0] * len(self._stops)
         self._held = ""
@@ -100,7 +116,7 @@ class StopMatcher:
             self._advance(text[position])
             if self.hit is not None:
                 self._held = ""
-                return text[: position + 1 - len(self.hit)]
+                return text[: position + 1 - (0 if self._include else len(self.hit))]
         certain = len(text) - max(self._states)
         self._held = text[certain:]
         return text[:certain]
@@ -125,16 +141,18 @@ class Detokenizer:
     """The text of one sequence, as it grows.
 
     The joined results of `push` and `flush` are the decoded text of all pushed tokens, cut where the first stop
-    string begins. `continuing` says that text stands before the first token, so that a leading space counts.
-    Stop strings are not looked for in the text of the first `min_tokens` tokens.
+    string begins (or ends, as `style` has it). `continuing` says that text stands before the first token, so that a
+    leading space counts. Stop strings are not looked for in the text of the first `min_tokens` tokens.
     """
 
     def __init__(
-        self, table: TokenTable, *, stop: Sequence[str] = (), continuing: bool = False, min_tokens: int = 0
+        self, table: TokenTable, style: TextStyle = PLAIN, *, continuing: bool = False, min_tokens: int = 0
     ) -> None:
         self._table = table
+        self._style = style
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._matcher = StopMatcher(stop)
+        self._matcher = StopMatcher(style.stop, include=style.include_stop)
+        self._after_special = False
         self._at_start = not continuing
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -142,19 +160,21 @@ class Detokenizer:
 
     @property
     def stopped(self) -> str | None:
-        """The stop string that was found, if any; the text ends before it."""
+        """The stop string that was found, if any; the text ends there."""
         return self._matcher.hit
 
     def push(self, token_id: int, *, visible: bool = True) -> str:
         """Add a token, return the text that became certain.
 
-        A token that is not `visible` (a stop token) and special tokens count but have no text.
+        A token that is not `visible` (a stop token) counts but has no text; so do special ones unless shown.
         """
         self._num_tokens += 1
-        if not visible or self._table.is_special(token_id):
+        special = self._table.is_special(token_id)
+        if not visible or (special and self._style.skip_special):
             return ""
-        data = self._table.token_bytes(token_id, first=self._at_start)
-        self._at_start = False
+        bare = special and self._after_special and not self._style.spaces_between_special
+        data = self._table.token_bytes(token_id, first=self._at_start or bare)
+        self._at_start, self._after_special = False, special
         return self._emit(self._utf8.decode(data))
 
     def flush(self) -> str:

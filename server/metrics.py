@@ -170,6 +170,11 @@ class Metrics:
         self._params_max_tokens.observe(params.max_tokens)
         self._max_output_len.observe(max_num_tokens)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated, mean of the last ten seconds."""
+        return self._rate.per_second()
+
     def rejected(self, reason: str) -> None:
         """A request was refused with 503."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()

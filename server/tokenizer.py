@@ -29,6 +29,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+CONFIG_NAMES = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
+                "model_max_length", "padding_side", "truncation_side")  # fmt: skip
+
 # A template is a program of the model's author; these are what running it on a client's messages can raise.
 TEMPLATE_FAILURES = (
     jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError,
@@ -89,6 +92,23 @@ class Tokenizer:
         """Entries of the vocabulary, added tokens included."""
         return len(self._tokenizer)
 
+    def info(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of the vocabulary, with the template in force; no paths of this machine."""
+        tokenizer = self._tokenizer
+        known = {name: tokenizer.init_kwargs[name] for name in CONFIG_NAMES if name in tokenizer.init_kwargs}
+        tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return {
+            **known,
+            **tokens,
+            "tokenizer_class": type(tokenizer).__name__,
+            "chat_template": self.chat_template,
+            "vocab_size": len(self),
+            "added_tokens_decoder": {
+                str(token_id): {"content": token.content, "special": token.special}
+                for token_id, token in tokenizer.added_tokens_decoder.items()
+            },
+        }
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; `add_special_tokens` puts what the model expects in front (BOS)."""
         with self._lock:
@@ -100,23 +120,28 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Ids of a conversation through the chat template.
+        """Ids of a conversation through the chat template, the model's or `chat_template`, in Jinja's sandbox.
 
-        Control tokens spelled out in a message are encoded as plain text, so a message cannot forge a turn.
-        Raises BadRequest where the template refuses the messages.
+        Control tokens spelled out in a message or in the `variables` (`documents` among them) are encoded as plain
+        text, so a message cannot forge a turn. Raises BadRequest where the template fails.
         """
         try:
             with self._lock:
                 ids = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
-                    chat_template=self.chat_template,
+                    chat_template=self.chat_template if chat_template is None else chat_template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     sanitize_control_tokens=True,
                     return_dict=False,
+                    **(variables or {}),
                 )
         except TEMPLATE_FAILURES as error:
+            if chat_template is not None:
+                raise BadRequest(f"chat_template fails: {str(error)[:500]}", param="chat_template") from error
             raise BadRequest(
                 f"the model's chat template does not accept these messages: {str(error)[:500]}", param="messages"
             ) from error

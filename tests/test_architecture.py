@@ -54,6 +54,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "server.scheduler": frozenset(),
     "server.api": frozenset({"fastapi", "starlette", "pydantic", "pydantic_core", "prometheus_client"}),
     "server.page": frozenset({"fastapi", "starlette"}),
+    "server.api.docs": frozenset({"fastapi", "starlette", "fastapi_offline"}),
     "server.app": frozenset({"fastapi", "starlette", "pydantic"}),
 }
 TRITON_ALLOWED = ("kernels.gpu", "kernels.gpu_check", "kernels.bench")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -11,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from server.api.deps import ERRORS, ServiceDep, check_model, json_answer
+from server.api.docs import package_version
 from server.api.failures import error_response
 from server.api.responses import ModelCard, ModelList, Readiness
 from server.errors import Unhealthy
@@ -58,10 +58,7 @@ async def metrics(service: ServiceDep) -> Response:
 @router.get("/version")
 async def version() -> dict[str, str]:
     """The version of this server."""
-    try:
-        return {"version": metadata.version("spq-serve")}
-    except metadata.PackageNotFoundError:  # run from a clone that is not installed
-        return {"version": "unknown"}
+    return {"version": package_version()}
 
 
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)

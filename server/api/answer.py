@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from server.core import FinishReason, SamplingParams, StepOutput, TokenLogprobs
-from server.detokenizer import Detokenizer
+from server.detokenizer import Detokenizer, TextStyle
 from server.engine.engine import Generation
 from server.errors import EngineError
 from server.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length"]
+PromptScores = list[tuple[int, TokenLogprobs | None]]  # of each token; None for the first, which nothing precedes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Prompt:
     ids: list[int]
     params: SamplingParams
     text: str = ""
+    echo_logprobs: int | None = None  # how many of the best at each place stand beside the text; None: no scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,21 @@ class Plan:
     """A validated request: prompts x n answers, answer i of prompt p having index p * n + i."""
 
     response_id: str
+    engine_id: str  # unique, as a client's own id may not be
     prompts: Sequence[Prompt]
     n: int
-    stop: Sequence[str]
+    style: TextStyle
     continuing: bool  # text is appended to the prompt's (completions), not a text of its own (chat)
     echo: bool = False
+    with_token_ids: bool = False  # deltas carry the ids of their tokens
+    prompt_logprobs: int | None = None  # the first delta of an answer carries its prompt's scores, with the k best
     deadline_s: float | None = None  # monotonic
+    priority: int = 0
+    cache_salt: str | None = None
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt of an answer."""
+        return self.prompts[index // self.n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,8 @@ class Delta:
     index: int
     text: str = ""
     entries: list[TokenEntry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # where the plan asks for them
+    prompt_scores: PromptScores | None = None  # likewise
     finish_reason: Finish | None = None
     stop_reason: str | int | None = None
 
@@ -60,6 +73,8 @@ class Delta:
         """Append the next delta of the same answer."""
         self.text += other.text
         self.entries += other.entries
+        self.token_ids += other.token_ids
+        self.prompt_scores = self.prompt_scores or other.prompt_scores
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
 
     def split(self) -> list[Delta]:
@@ -68,9 +83,9 @@ class Delta:
             return [self]
         finish = Delta(self.index, finish_reason=self.finish_reason, stop_reason=self.stop_reason)
         if not self.text:
-            finish.entries = self.entries
+            finish.entries, finish.token_ids = self.entries, self.token_ids
             return [finish]
-        return [Delta(self.index, self.text, self.entries), finish]
+        return [Delta(self.index, self.text, self.entries, self.token_ids), finish]
 
 
 class Answer:
@@ -78,7 +93,7 @@ class Answer:
 
     def __init__(self, index: int, plan: Plan, generation: Generation, tokenizer: Tokenizer) -> None:
         self.prompt_index = index // plan.n
-        self.prompt = prompt = plan.prompts[self.prompt_index]
+        self.prompt = prompt = plan.prompt_of(index)
         self.generation = generation
         self.num_tokens = 0
         self.last_token_s: float | None = None
@@ -89,11 +104,15 @@ class Answer:
         self._echo_pending = plan.echo
         self._detokenizer = Detokenizer(
             tokenizer,
-            stop=plan.stop,
+            plan.style,
             continuing=plan.continuing and not all(map(tokenizer.is_special, prompt.ids)),
             min_tokens=prompt.params.min_tokens,
         )
+        self._style = plan.style
+        self._with_token_ids = plan.with_token_ids
+        self._prompt_logprobs = plan.prompt_logprobs
         self._entries: list[TokenEntry] = []
+        self._token_ids: list[int] = []
 
     def feed(self, output: StepOutput) -> Delta:
         """The delta of one event; entries wait for the text they belong to."""
@@ -106,14 +125,25 @@ class Answer:
             offset = len(self._echo) + self._detokenizer.num_chars
             if output.logprobs is not None:
                 self._entries.append(TokenEntry(output.token_id, output.logprobs, offset))
-            visible = output.finish_reason is not FinishReason.STOP
+            if self._with_token_ids:
+                self._token_ids.append(output.token_id)
+            visible = self._style.include_stop or output.finish_reason is not FinishReason.STOP
             delta.text += self._detokenizer.push(output.token_id, visible=visible)
         if output.finish_reason is not None and self._detokenizer.stopped is None:
             delta.text += self._detokenizer.flush()
         self._finish(delta, output)
         if delta.text or delta.finish_reason is not None:
+            if self._prompt_logprobs is not None:
+                delta.prompt_scores = self._scored_prompt(self._prompt_logprobs)
+                self._prompt_logprobs = None
             delta.entries, self._entries = self._entries, []
+            delta.token_ids, self._token_ids = self._token_ids, []
         return delta
+
+    def _scored_prompt(self, k: int) -> PromptScores:
+        """The prompt's tokens, each but the first with its score and the `k` best."""
+        scores = [replace(score, top=score.top[:k]) for score in self.generation.sequence.prompt_logprobs]
+        return list(zip(self.prompt.ids, [None, *scores], strict=True))
 
     def _finish(self, delta: Delta, output: StepOutput) -> None:
         if self._detokenizer.stopped is not None:
@@ -128,12 +158,11 @@ class Answer:
         self.ended = delta.finish_reason
 
     def _prompt_entries(self) -> list[TokenEntry]:
-        if self.prompt.params.prompt_logprobs is None:
+        if self.prompt.echo_logprobs is None:
             return []
-        known: list[TokenLogprobs | None] = [None, *self.generation.sequence.prompt_logprobs]
-        detokenizer = Detokenizer(self._tokenizer)
+        detokenizer = Detokenizer(self._tokenizer, replace(self._style, stop=()))
         entries = []
-        for token_id, logprobs in zip(self.prompt.ids, known, strict=True):
+        for token_id, logprobs in self._scored_prompt(self.prompt.echo_logprobs):
             entries.append(TokenEntry(token_id, logprobs, detokenizer.num_chars))
             detokenizer.push(token_id)
         return entries

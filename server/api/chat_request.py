@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
-from server.api.fields import Content, Logprobs, PositiveTokenCount, Text, not_served
-from server.api.protocol import Absent, GenerationBody, NoneListed, Off, Strict
+from server.api.fields import Content, Logprobs, PositiveTokenCount, TemplateVariables, Text, not_served
+from server.api.protocol import Absent, GenerationBody, NoneListed, Off, Strict, refusal
 
 
 class ChatMessage(Strict):
@@ -34,10 +33,8 @@ class ChatInput(Strict):
     @model_validator(mode="after")
     def _one_ending(self) -> ChatInput:
         if self.continue_final_message and self.add_generation_prompt:
-            raise PydanticCustomError(
-                "continue_final_message",
-                "continue_final_message and add_generation_prompt exclude each other",
-                {"param": "continue_final_message"},
+            raise refusal(
+                "continue_final_message", "continue_final_message and add_generation_prompt exclude each other"
             )
         return self
 
@@ -64,20 +61,23 @@ class ChatCompletionRequest(GenerationBody, ChatInput):
     verbosity: Annotated[Any, not_served("medium")] = None
     echo: Off = None
     add_special_tokens: Off = None
-    documents: NoneListed = None
-    chat_template: Absent = None
-    chat_template_kwargs: Annotated[Any, not_served({})] = None
+    documents: list[dict[Text, Text]] | None = None
+    chat_template: Text | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     mm_processor_kwargs: Absent = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template may use beside the messages."""
+        return {**(self.chat_template_kwargs or {}), **({"documents": self.documents} if self.documents else {})}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true", {"param": "top_logprobs"})
+            raise refusal("top_logprobs", "top_logprobs needs logprobs: true")
+        if self.logprob_token_ids is not None and not self.logprobs:
+            raise refusal("logprob_token_ids", "logprob_token_ids needs logprobs: true")
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
         if len(limits) > 1:
-            raise PydanticCustomError(
-                "max_tokens",
-                "max_tokens and max_completion_tokens differ; send only max_completion_tokens",
-                {"param": "max_tokens"},
-            )
+            raise refusal("max_tokens", "max_tokens and max_completion_tokens differ; send only max_completion_tokens")
         return self

@@ -21,12 +21,13 @@ from server.api.deps import (
     check_num_sequences,
     encode,
     json_answer,
-    new_id,
     read_deadline,
     usage_of,
+    usage_wanted,
 )
 from server.api.generate import TokenCounts, generate
-from server.api.logprobs import completion_logprobs
+from server.api.logprobs import completion_logprobs, prompt_logprobs
+from server.api.plan import check_priority, encode_bad_words, make_plan, truncate
 from server.api.responses import Completion, CompletionChoice, Usage
 from server.api.sampling import DEFAULT_COMPLETION_TOKENS, build_params, check_prompt, first_given, resolve_max_tokens
 from server.api.sse import DONE, EventStream, event, until_disconnect
@@ -45,48 +46,57 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     check_model(service, body.model)
     deadline_s = read_deadline(request, service)
     engine, tokenizer = service.ready()
-    n = first_given(body.n, default=1)
-    check_num_sequences(service, n=n, num_prompts=len(body.prompt))
-    plan = Plan(
-        response_id=new_id("cmpl"),
-        prompts=[await _prepare(body, prompt, engine, tokenizer) for prompt in body.prompt],
-        n=n,
-        stop=body.stop,
-        continuing=True,
-        echo=bool(body.echo),
-        deadline_s=deadline_s,
-    )
+    check_num_sequences(service, n=first_given(body.n, default=1), num_prompts=len(body.prompt))
+    check_priority(service, body)
+    bad_words = await encode_bad_words(tokenizer, body.bad_words)
+    prompts = [await _prepare(body, prompt, engine, tokenizer, bad_words) for prompt in body.prompt]
+    plan = make_plan(body, "cmpl", prompts, continuing=True, echo=bool(body.echo), deadline_s=deadline_s)
     call = _Call(body, plan, service, engine, tokenizer)
     if body.stream:
         return EventStream(call.stream())
     return json_answer(await until_disconnect(request.receive, call.collect()))
 
 
-async def _prepare(body: CompletionRequest, prompt: str | list[int], engine: Engine, tokenizer: Tokenizer) -> Prompt:
+async def _prepare(
+    body: CompletionRequest,
+    prompt: str | list[int],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    bad_words: tuple[tuple[int, ...], ...],
+) -> Prompt:
     if isinstance(prompt, str):
         with_bos = first_given(body.add_special_tokens, default=True)
         ids = await encode(tokenizer, prompt, add_special_tokens=with_bos)
     else:
         ids = prompt
     check_prompt(ids, engine.info, param="prompt")
+    asked = first_given(body.max_tokens, default=DEFAULT_COMPLETION_TOKENS)
+    kept = truncate(ids, body, engine.info, max_tokens=asked)
     max_tokens = resolve_max_tokens(
         body.max_tokens,
         default=DEFAULT_COMPLETION_TOKENS,
-        num_prompt_tokens=len(ids),
+        num_prompt_tokens=len(kept),
         info=engine.info,
         param="max_tokens",
         prompt_param="prompt",
     )
+    echo_logprobs = body.logprobs if body.echo else None
+    scored = [k for k in (echo_logprobs, body.prompt_logprobs) if k is not None]
     params = build_params(
         body,
         max_tokens=max_tokens,
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max(scored, default=None),
+        bad_words=bad_words,
         defaults=tokenizer.sampling_defaults,
         info=engine.info,
     )
-    text = "" if not body.echo else prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-    return Prompt(ids, params, text)
+    text = ""
+    if body.echo:
+        whole = isinstance(prompt, str) and len(kept) == len(ids)
+        skip = first_given(body.skip_special_tokens, default=True)
+        text = str(prompt) if whole else tokenizer.decode(kept, skip_special_tokens=skip)
+    return Prompt(kept, params, text, echo_logprobs)
 
 
 class _Call:
@@ -109,19 +119,33 @@ class _Call:
             async for batch in deltas:
                 for delta in batch:
                     wholes[delta.index].extend(delta)
-        return self._wrap([self._choice(whole) for whole in wholes], usage=usage_of(self._counts))
+        choices = [self._choice(whole) for whole in wholes]
+        for choice, whole in zip(choices, wholes, strict=True):
+            if self._body.return_token_ids:
+                choice.prompt_token_ids = self._plan.prompt_of(whole.index).ids
+            if whole.prompt_scores is not None:
+                choice.prompt_logprobs = prompt_logprobs(whole.prompt_scores, self._tokenizer)
+        return self._wrap(choices, usage=usage_of(self._counts))
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Text chunks, a finish chunk per answer, the usage if asked for, [DONE]."""
-        options = self._body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        extra: dict[str, Usage | None] = {"usage": None} if with_usage else {}
-        texts = TextChunks(lambda index, text: self._wrap([self._choice(Delta(index, text))], **extra).to_json())
+        with_usage, running = usage_wanted(self._body)
+        started: set[int] = set()
+
+        def chunk(part: Delta) -> bytes:
+            usage = {"usage": usage_of(self._counts) if running else None} if with_usage else {}
+            choice = self._choice(part)
+            if self._body.return_token_ids and part.index not in started:
+                started.add(part.index)
+                choice.prompt_token_ids = self._plan.prompt_of(part.index).ids
+            return self._wrap([choice], **usage).to_json()
+
+        texts = TextChunks(lambda index, text: chunk(Delta(index, text)))
 
         def events(delta: Delta) -> bytes:
-            if delta.finish_reason is None and not delta.entries:
+            if delta.finish_reason is None and not (delta.entries or delta.token_ids or running):
                 return texts.event(delta.index, delta.text)
-            return b"".join(event(self._wrap([self._choice(part)], **extra).to_json()) for part in delta.split())
+            return b"".join(event(chunk(part)) for part in delta.split())
 
         async with aclosing(self._deltas) as deltas:
             async for batch in deltas:
@@ -141,10 +165,14 @@ class _Call:
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         wanted = self._body.logprobs is not None and (delta.entries or not self._body.stream)
-        return CompletionChoice(
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        choice = CompletionChoice(
             index=delta.index,
             text=delta.text,
-            logprobs=completion_logprobs(delta.entries, self._tokenizer) if wanted else None,
+            logprobs=completion_logprobs(delta.entries, self._tokenizer, as_ids=as_ids) if wanted else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
         )
+        if self._body.return_token_ids:
+            choice.token_ids = delta.token_ids
+        return choice

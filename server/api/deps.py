@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from server.api.generate import TokenCounts
+from server.api.protocol import GenerationBody
 from server.api.responses import Answer, ErrorAnswer, PromptTokensDetails, Usage
 from server.errors import BadRequest, NotFound
 from server.tokenizer import Tokenizer
@@ -55,13 +56,13 @@ def read_deadline(request: Request, service: Service) -> float | None:
     return None if limit is None else time.monotonic() + limit
 
 
-def check_num_sequences(service: Service, *, n: int, num_prompts: int) -> None:
+def check_num_sequences(service: Service, *, n: int, num_prompts: int, param: str = "prompt") -> None:
     """Raise BadRequest where one call asks for more answers than the operator allows."""
     limit = service.config.max_sequences_per_request
     if n * num_prompts > limit:
         raise BadRequest(
             f"{num_prompts} prompts with n {n} are {n * num_prompts} answers; the limit is {limit} a request",
-            param="n" if n > 1 else "prompt",
+            param="n" if n > 1 else param,
         )
 
 
@@ -78,6 +79,12 @@ def new_id(prefix: str) -> str:
 def json_answer(answer: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A response model as a response."""
     return Response(answer.to_json(), status, headers, media_type="application/json")
+
+
+def usage_wanted(body: GenerationBody) -> tuple[bool, bool]:
+    """Whether a stream ends with the usage, and whether each of its chunks carries the usage so far."""
+    options = body.stream_options
+    return (False, False) if options is None else (bool(options.include_usage), bool(options.continuous_usage_stats))
 
 
 def usage_of(counts: TokenCounts) -> Usage:

@@ -17,6 +17,17 @@ MAX_TOKENS_LIMIT = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
+MAX_NAMED_IDS = 128  # of stop_token_ids and logprob_token_ids
+MAX_ALLOWED_IDS = 1024  # every step sends them to the device: 64 sequences with so many cost it 65,536 numbers
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
+
+# What the renderer takes itself (`transformers`' apply_chat_template), or has a field of its own here.
+RENDERER_NAMES = frozenset({
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
 
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -29,6 +40,9 @@ TokenCount = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
 PositiveTokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS_LIMIT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Priority = Seed
+PromptLimit = Annotated[int, Field(ge=-1, le=MAX_TOKENS_LIMIT)]
+RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
 
 
 def same_json(left: Any, right: Any) -> bool:
@@ -135,6 +149,16 @@ def _check_content(value: Any) -> Any:
     return "\n".join(texts)
 
 
+def _check_variables(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("variables_type", "must be an object")
+    taken = sorted(RENDERER_NAMES & value.keys())
+    if taken:
+        raise PydanticCustomError("variables_name", "{name} is not for templates to be told", {"name": taken[0]})
+    check_text(json.dumps(value, ensure_ascii=False))
+    return value
+
+
 _STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 _IDS = {"type": "array", "items": {"type": "integer"}}
 _PROMPT = {
@@ -149,6 +173,9 @@ _BIAS = {"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}
 _PARTS = {"type": "array", "items": {"type": "object", "required": ["type", "text"]}}
 
 Text = Annotated[str, AfterValidator(check_text)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS), AfterValidator(check_text)]
+Salt = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(check_text)]
+TemplateVariables = Annotated[dict[str, Any], BeforeValidator(_check_variables)]
 Stop = Annotated[list[str], BeforeValidator(_check_stop), WithJsonSchema(_STRINGS)]
 LogitBias = Annotated[dict[int, float], BeforeValidator(_check_logit_bias), WithJsonSchema(_BIAS)]
 Prompts = Annotated[list[str | list[int]], BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT)]

@@ -41,7 +41,12 @@ async def generate(
     """
     requests = [
         GenerationRequest(
-            f"{plan.response_id}-{p * plan.n + i}", prompt.ids, with_sibling_seed(prompt.params, i), plan.deadline_s
+            f"{plan.engine_id}-{p * plan.n + i}",
+            prompt.ids,
+            with_sibling_seed(prompt.params, i),
+            plan.deadline_s,
+            plan.priority,
+            plan.cache_salt,
         )
         for p, prompt in enumerate(plan.prompts)
         for i in range(plan.n)

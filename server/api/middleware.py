@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.docs import DOCS_PATHS
 from server.api.failures import error_response
 from server.errors import PayloadTooLarge, ServeError, Unauthorized
 from server.metrics import Metrics
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"}) | DOCS_PATHS
 PAGE = "/page/"  # files of the page: it holds nothing, and asks with the key that its user gives
 
 

@@ -8,16 +8,25 @@ it says "off". Unknown fields are refused too. JSON types are strict: "5" and tr
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.fields import (
+    MAX_ALLOWED_IDS,
+    MAX_BAD_WORDS,
+    MAX_NAMED_IDS,
+    BadWord,
     LogitBias,
+    Logprobs,
     MinP,
     Penalty,
+    Priority,
+    PromptLimit,
     RepetitionPenalty,
+    RequestId,
+    Salt,
     Seed,
     Stop,
     Temperature,
@@ -33,6 +42,11 @@ Absent = Annotated[Any, not_served()]
 NoneListed = Annotated[Any, not_served([])]
 
 
+def refusal(param: str, message: str) -> PydanticCustomError:
+    """The error of a field that does not go with the others."""
+    return PydanticCustomError(param, message, {"param": param})
+
+
 class Strict(BaseModel):
     """Base of all request models."""
 
@@ -43,11 +57,34 @@ class StreamOptions(Strict):
     """What a stream carries besides the text."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Off = None
-    continuous_usage_stats: Off = None
+
+    @model_validator(mode="after")
+    def _continuous_usage_is_usage(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise refusal("stream_options.continuous_usage_stats", "continuous_usage_stats needs include_usage: true")
+        return self
 
 
-class GenerationBody(Strict):
+class PromptOptions(Strict):
+    """What may be said of a prompt, whatever becomes of it."""
+
+    truncate_prompt_tokens: PromptLimit | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
+
+    @model_validator(mode="after")
+    def _truncation_has_a_limit(self) -> PromptOptions:
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise refusal("truncation_side", "truncation_side needs truncate_prompt_tokens")
+        if self.truncate_prompt_tokens == 0:
+            raise refusal("truncate_prompt_tokens", "0 would leave no prompt; send the tokens to keep, or -1")
+        return self
+
+
+class GenerationBody(PromptOptions):
     """What completions and chat completions share."""
 
     model: str
@@ -65,17 +102,30 @@ class GenerationBody(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias = Field(default_factory=dict)
+    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_IDS)
+    bad_words: list[BadWord] | None = Field(None, max_length=MAX_BAD_WORDS)
     # ending
     min_tokens: TokenCount | None = None
     stop: Stop = Field(default_factory=list)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_NAMED_IDS)
     ignore_eos: bool | None = None
+    # what stands beside the text
+    prompt_logprobs: Logprobs | None = None
+    logprob_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=MAX_NAMED_IDS)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    # the text
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    request_id: RequestId | None = None  # the end of the answer's id
 
     # without influence on the answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    session_id: str | None = None
 
     # known, not served
     response_format: Annotated[Any, not_served({"type": "text"})] = None
@@ -85,29 +135,22 @@ class GenerationBody(Strict):
     use_beam_search: Off = None
     length_penalty: Annotated[Any, not_served(1.0, 1)] = None
     early_stopping: Off = None
-    include_stop_str_in_output: Off = None
-    skip_special_tokens: Annotated[Any, not_served(True)] = None
-    spaces_between_special_tokens: Annotated[Any, not_served(True)] = None
-    truncate_prompt_tokens: Absent = None
-    prompt_logprobs: Absent = None
-    allowed_token_ids: NoneListed = None
-    bad_words: NoneListed = None
-    priority: Annotated[Any, not_served(0)] = None
-    return_token_ids: Off = None
-    return_tokens_as_token_ids: Off = None
+    prompt_embeds: Absent = None
+    repetition_detection: Absent = None
+    thinking_token_budget: Annotated[Any, not_served(-1)] = None
+    stream_interval: Annotated[Any, not_served(1)] = None
+    vllm_xargs: Annotated[Any, not_served({})] = None
     structured_outputs: Absent = None
     guided_json: Absent = None
     guided_regex: Absent = None
     guided_choice: Absent = None
     guided_grammar: Absent = None
-    cache_salt: Absent = None
     kv_transfer_params: Absent = None
-    request_id: Absent = None
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerationBody:
+    def _what_needs_what(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "stream_options", "stream_options needs stream: true", {"param": "stream_options"}
-            )
+            raise refusal("stream_options", "stream_options needs stream: true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise refusal("prompt_logprobs", "prompt_logprobs are not sent in streams; leave out stream")
         return self

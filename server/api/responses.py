@@ -47,6 +47,14 @@ class CompletionLogprobs(Answer):
     text_offset: list[int]
 
 
+class PromptLogprob(Answer):
+    """A token at a place of the prompt; rank 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class CompletionChoice(Answer):
     """A continuation, or a piece of it in a stream."""
 
@@ -55,6 +63,9 @@ class CompletionChoice(Answer):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class Completion(Answer):
@@ -112,6 +123,7 @@ class ChatChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    token_ids: list[int] | None = None
 
 
 class ChatChunkChoice(Answer):
@@ -122,6 +134,7 @@ class ChatChunkChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Answer):
@@ -133,6 +146,8 @@ class ChatCompletion(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(Answer):
@@ -144,6 +159,7 @@ class ChatCompletionChunk(Answer):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ModelCard(Answer):
@@ -172,6 +188,17 @@ class TokenizeAnswer(Answer):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class TokenizerInfo(Answer):
+    """Answer of /tokenizer_info: these and what else the model's tokenizer_config.json says."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str
+    vocab_size: int
+    added_tokens_decoder: dict[str, dict[str, str | bool]]
 
 
 class DetokenizeAnswer(Answer):

@@ -7,7 +7,7 @@ truth, because 0 is a temperature.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -32,6 +32,11 @@ def check_prompt(ids: Sequence[int], info: ModelInfo, *, param: str) -> None:
     """Raise BadRequest for an empty prompt or an id that the model does not have."""
     if not ids:
         raise BadRequest("the prompt has no tokens; send at least one", param=param)
+    check_ids(ids, info, param=param)
+
+
+def check_ids(ids: Iterable[int], info: ModelInfo, *, param: str) -> None:
+    """Raise BadRequest for an id that the model does not have."""
     outside = next((token_id for token_id in ids if not 0 <= token_id < info.vocab_size), None)
     if outside is not None:
         raise BadRequest(f"token id {outside} is outside the vocabulary of {info.vocab_size}", param=param)
@@ -69,24 +74,25 @@ def build_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    bad_words: tuple[tuple[int, ...], ...],
     defaults: SamplingDefaults,
     info: ModelInfo,
 ) -> SamplingParams:
     """The parameters of one sequence. Raises BadRequest for ids outside the vocabulary."""
-    for token_id in body.logit_bias:
-        if token_id >= info.vocab_size:
-            raise BadRequest(f"token id {token_id} is outside the vocabulary of {info.vocab_size}", param="logit_bias")
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        check_ids(getattr(body, name) or (), info, param=name)
     stop_ids = frozenset(body.stop_token_ids or ())
-    for token_id in stop_ids:
-        if token_id >= info.vocab_size:
-            raise BadRequest(
-                f"token id {token_id} is outside the vocabulary of {info.vocab_size}", param="stop_token_ids"
-            )
+    eos_ids = frozenset() if body.ignore_eos else frozenset(info.eos_token_ids)
+    allowed = tuple(dict.fromkeys(body.allowed_token_ids or ()))
     min_tokens = first_given(body.min_tokens, default=0)
     if min_tokens > max_tokens:
         raise BadRequest(
             f"min_tokens {min_tokens} exceeds the {max_tokens} tokens the answer may have; lower it",
             param="min_tokens",
+        )
+    if min_tokens and allowed and stop_ids | eos_ids >= set(allowed):
+        raise BadRequest(
+            f"min_tokens {min_tokens} forbids the end, and allowed_token_ids allows nothing else", param="min_tokens"
         )
     top_k = first_given(body.top_k, defaults.top_k, default=0)
     return SamplingParams(
@@ -102,8 +108,11 @@ def build_params(
         frequency_penalty=first_given(body.frequency_penalty, default=0.0),
         logit_bias=tuple(body.logit_bias.items()),
         stop_token_ids=stop_ids,
-        eos_token_ids=frozenset() if body.ignore_eos else frozenset(info.eos_token_ids),
+        eos_token_ids=eos_ids,
+        allowed_token_ids=allowed,
+        bad_words=bad_words,
         logprobs=logprobs,
+        logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
     )
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's form: what a prompt costs, and what ids mean."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, in vLLM's form: what a prompt costs, and what ids mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.api.body import JSONRoute
 from server.api.chat import render
 from server.api.deps import ERRORS, ServiceDep, check_model, encode, json_answer
 from server.api.logprobs import token_label
-from server.api.responses import DetokenizeAnswer, TokenizeAnswer
+from server.api.responses import DetokenizeAnswer, TokenizeAnswer, TokenizerInfo
 from server.api.sampling import first_given
 from server.api.text_request import DetokenizeRequest, TokenizeRequest
 from server.errors import BadRequest
@@ -42,6 +42,13 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
             token_strs=[token_label(token_id, tokenizer) for token_id in ids] if body.return_token_strs else None,
         )
     )
+
+
+@router.get("/tokenizer_info", response_model=TokenizerInfo, responses=ERRORS)
+async def tokenizer_info(service: ServiceDep) -> Response:
+    """The tokenizer's configuration, in the form of tokenizer_config.json."""
+    _, tokenizer = service.ready()
+    return json_answer(TokenizerInfo(**tokenizer.info()))
 
 
 @router.post("/detokenize", response_model=DetokenizeAnswer, responses=ERRORS)

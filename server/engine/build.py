@@ -152,6 +152,7 @@ def build_engine(
     info = ModelInfo(
         max_model_len=plan.max_model_len,
         vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
         eos_token_ids=spec.eos_token_ids,
         block_size=config.block_size,
         num_blocks=plan.num_blocks,

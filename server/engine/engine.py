@@ -25,6 +25,7 @@ class ModelInfo:
 
     max_model_len: int  # tokens, prompt and answer
     vocab_size: int
+    hidden_size: int
     eos_token_ids: tuple[int, ...]
     block_size: int
     num_blocks: int
@@ -63,6 +64,8 @@ class GenerationRequest:
     prompt_ids: list[int]
     params: SamplingParams
     deadline_s: float | None = None  # monotonic seconds
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None
 
 
 class Generation(AsyncIterator[list[StepOutput]]):
@@ -175,6 +178,8 @@ class Engine:
                 params=request.params,
                 timings=Timings(arrived_s=now),
                 deadline_s=request.deadline_s,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
             )
             generation = Generation(self, sequence)
             assert request.request_id not in self._generations, "request ids must be unique"

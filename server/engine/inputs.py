@@ -74,6 +74,7 @@ class HostInputs:
     query_starts: array[int] = field(default_factory=lambda: array("i", [0]))  # [S + 1]
     sample_rows: array[int] = field(default_factory=lambda: array("q"))  # rows whose logits draw a token
     prompt_rows: dict[int, slice] = field(default_factory=dict)  # work index -> rows that score the next prompt token
+    pooled_rows: dict[int, slice] = field(default_factory=dict)  # work index -> rows whose states are summed
     num_decodes: int = 0
     max_query_len: int = 0
 
@@ -85,7 +86,9 @@ class HostInputs:
     @property
     def is_decode_only(self) -> bool:
         """Whether every row is one token of its own sequence and draws the next one, and nothing else is asked."""
-        return len(self.sample_rows) == len(self.token_ids) == self.num_decodes and not self.prompt_rows
+        return len(self.sample_rows) == len(self.token_ids) == self.num_decodes and not (
+            self.prompt_rows or self.pooled_rows
+        )
 
 
 @dataclass(slots=True)
@@ -116,6 +119,10 @@ def collect(batch: ScheduledBatch, block_size: int, page_tables: PageTables) -> 
             rows = _prompt_rows(work, row)
             if rows.start < rows.stop:
                 host.prompt_rows[index] = rows
+        if sequence.params.pools:
+            new = max(begin, sequence.states.num_tokens)
+            if new < end:
+                host.pooled_rows[index] = slice(row + new - begin, row + count)
         row += count
         host.query_starts.append(row)
         host.context_lens.append(end)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ from server.model.llama import Llama
 SCORED_ROWS = 64  # prompt rows turned to logits at a time: bounds rows x vocabulary
 
 PromptScores = list[tuple[Sequence, list[TokenScores]]]
+
+
+@dataclass(slots=True)
+class PromptResults:
+    """What a step computed of prompts beside their keys and values, on the device."""
+
+    scores: PromptScores = field(default_factory=list)
+    pooled: list[tuple[Sequence, int, Tensor]] = field(default_factory=list)  # tokens, and their sum float32 [hidden]
 
 
 class ModelRunner:
@@ -55,26 +63,29 @@ class ModelRunner:
         return self.launch(batch, StepTimes()).result()
 
     @torch.inference_mode()
-    def compute(self, batch: ScheduledBatch, host: inputs.HostInputs) -> tuple[Tensor | None, PromptScores]:
+    def compute(self, batch: ScheduledBatch, host: inputs.HostInputs) -> tuple[Tensor | None, PromptResults]:
         """The model's part of a step: float32 logits [rows to draw from, vocab], valid until the next step, or None
-        without such rows; and the scores of prompt tokens. On CUDA nothing is waited for."""
+        without such rows; and what is asked for of prompts. On CUDA nothing is waited for."""
         model, drawn = self._model, None
         if self._newest is not None:
             self._newest.forget_logits()
             drawn = self._newest.ids
         if self._graphs is not None and (replayed := self._graphs.run(host, drawn)) is not None:
-            return replayed, []
+            return replayed, PromptResults()
         step = inputs.to_device(host, self._block_size, model.ops.device)
         if host.awaits_tokens:
             inputs.resolve(step.token_ids, drawn)
         hidden = model.forward(step.token_ids, step.positions, host.lengths, step.attention, self._cache)
-        scores = [
-            (batch.work[index].sequence, self._score_prompt(batch.work[index].sequence, hidden[rows]))
-            for index, rows in host.prompt_rows.items()
-        ]
+        found = PromptResults()
+        for index, rows in host.prompt_rows.items():
+            sequence = batch.work[index].sequence
+            found.scores.append((sequence, self._score_prompt(sequence, hidden[rows])))
+        for index, rows in host.pooled_rows.items():
+            states = model.states(hidden[rows]).float()
+            found.pooled.append((batch.work[index].sequence, len(states), states.sum(0)))
         if not host.sample_rows:
-            return None, scores
-        return model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), scores
+            return None, found
+        return model.logits(hidden if step.sample_rows is None else hidden[step.sample_rows]), found
 
     @torch.inference_mode()
     def draw(self, batch: ScheduledBatch, logits: Tensor | None) -> sampler.Draw | None:
@@ -120,24 +131,26 @@ class PendingRun:
     host: inputs.HostInputs
     times: StepTimes
     draw: sampler.Draw | None = None
-    scores: PromptScores | None = None  # None until computed
+    found: PromptResults | None = None  # None until computed
 
-    def compute(self) -> PromptScores:
+    def compute(self) -> PromptResults:
         """Run the model and begin to draw, or set the device doing it."""
         started = time.monotonic()
-        logits, self.scores = self.runner.compute(self.batch, self.host)
+        logits, self.found = self.runner.compute(self.batch, self.host)
         ran = time.monotonic()
         self.draw = self.runner.draw(self.batch, logits)
         self.times.run = ran - started
         self.times.sample = time.monotonic() - ran
-        return self.scores
+        return self.found
 
     def result(self) -> list[SampledToken]:
-        """Bring the tokens to the host; prompt scores go to `Sequence.prompt_logprobs`."""
-        scores = self.compute() if self.scores is None else self.scores
+        """Bring the tokens to the host; what was computed of prompts goes to their sequences."""
+        found = self.compute() if self.found is None else self.found
         started = time.monotonic()
         tokens = [] if self.draw is None else self.draw.read()
-        for sequence, chunks in scores:
+        for sequence, num_tokens, states in found.pooled:
+            sequence.states.add(Download([states]).wait()[0].tolist(), num_tokens)
+        for sequence, chunks in found.scores:
             for chunk in chunks:
                 sequence.prompt_logprobs += chunk.read(*Download(chunk.tensors).wait())
         self.times.sample += time.monotonic() - started

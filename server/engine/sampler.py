@@ -62,18 +62,22 @@ class Draw:
     def __init__(self, logits: Tensor, sequences: list[Sequence]) -> None:
         """Begin, without a wait. May overwrite the logits; looks at the sequences now, not later."""
         whole, cut, self._scored, self._num_top = _sort_rows(sequences)
-        adjustments = penalties.collect(sequences, logits.shape[1])
+        self._named = [sequences[row].params.logprob_token_ids for row in self._scored]
+        vocab = logits.shape[1]
+        named = array("q", [i * vocab + token_id for i, ids in enumerate(self._named) for token_id in ids])
+        adjustments = penalties.collect(sequences, vocab)
         self._logits: Tensor | None = logits
         self._raw: Tensor | None = None  # log-probabilities of the rows to score
         self._cut_rows, self._cut = cut.index, list[Tensor]()  # rows drawn from the best, and what they ask for
-        self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), logits.shape[1]))
+        self._widths = iter((*(CUDA_CANDIDATES if logits.is_cuda else CPU_CANDIDATES), vocab))
         if not (whole.index or cut.index or self._scored or adjustments):
             self.ids = draw.greedy(logits)
             self._result = Download([self.ids])
             return
         changes = () if adjustments is None else adjustments.columns
-        columns = upload([*whole.columns, *cut.columns, self._scored, *changes], logits.device)
-        to_whole, self._cut, self._to_scored, to_change = columns[:6], columns[6:12], columns[12], columns[13:]
+        columns = upload([*whole.columns, *cut.columns, self._scored, named, *changes], logits.device)
+        to_whole, self._cut, to_change = columns[:6], columns[6:12], columns[14:]
+        self._to_scored, self._to_named = columns[12:14]
         if self._scored:
             self._raw = torch.log_softmax(logits[self._to_scored], -1)
         if to_change:
@@ -97,7 +101,8 @@ class Draw:
             )
             results.append(settled)
         if self._raw is not None:
-            self._scores = logprobs.score(self._raw, self.ids[self._to_scored], self._num_top)
+            drawn = self.ids[self._to_scored]
+            self._scores = logprobs.score(self._raw, drawn, self._num_top, self._named, self._to_named)
             results += self._scores.tensors
         self._result = Download(results)
 
@@ -120,7 +125,7 @@ class Draw:
             self._draw_cut(self._logits)
         tokens = [SampledToken(token_id) for token_id in host[0].tolist()]
         if self._scored:
-            for row, entry in zip(self._scored, self._scores.read(*host[-4:]), strict=True):
+            for row, entry in zip(self._scored, self._scores.read(*host[-5:]), strict=True):
                 tokens[row].logprobs = entry
         for i in missing:
             tokens[self._cut_rows[i]] = SampledToken(-1)
@@ -145,7 +150,7 @@ def _sort_rows(sequences: list[Sequence]) -> tuple[_Rows, _Rows, array[int], lis
             (cut if truncates else whole).add(row, sequence)
         if params.logprobs is not None:
             scored.append(row)
-            num_top.append(params.logprobs)
+            num_top.append(0 if params.logprob_token_ids else params.logprobs)
     return whole, cut, scored, num_top
 
 

@@ -54,5 +54,9 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] as `forward` returns it -> float32 [R, vocab]."""
+        return self.ops.logits(self.states(hidden), self._weights.head)
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] as `forward` returns it -> the same after the last norm: the last hidden states."""
         norm = self._weights.norm
-        return self.ops.logits(self.ops.rms_norm(hidden, norm.weight, norm.eps), self._weights.head)
+        return self.ops.rms_norm(hidden, norm.weight, norm.eps)

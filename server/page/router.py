@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from importlib import resources
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import NotFound
 
-router = APIRouter()
+router = APIRouter(include_in_schema=False)
 
 MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -49,14 +48,14 @@ PLACES = {
     "models": "/v1/models",
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
+    "docs": "/docs",
     "openapi": "/openapi.json",
     "ready": "/ready",
     "metrics": "/metrics",
 }
-EXAMPLE: dict[str, Any] = {"application/json": {"example": PLACES}, "text/html": {"schema": {"type": "string"}}}
 
 
-@router.get("/", responses={200: {"content": EXAMPLE, "description": "The page, or where to go"}})
+@router.get("/")
 async def index(request: Request) -> Response:
     """The page for whoever accepts HTML, as browsers do; for others a small JSON of paths."""
     if "text/html" in request.headers.get("accept", ""):
@@ -64,7 +63,7 @@ async def index(request: Request) -> Response:
     return JSONResponse(PLACES, headers={"Vary": "Accept"})
 
 
-@router.get("/page/{name}", include_in_schema=False)
+@router.get("/page/{name}")
 async def file(name: str, request: Request) -> Response:
     """One file of the page. Raises NotFound."""
     return _send(request, name, {})

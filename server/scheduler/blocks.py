@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable
 
 from server.core import Sequence
 
-PageKey = tuple[int, tuple[int, ...]]  # (node of the page before, tokens of this page)
-ROOT = 0
+Node = int | str  # of the prefix tree: a page's number, or the root of a salt
+PageKey = tuple[Node, tuple[int, ...]]  # (node of the page before, tokens of this page)
+ROOT = 0  # of sequences without a salt
 SEARCH_PAGES = 4096  # looked at for a run at most: bounds the time of an admission
 
 
@@ -31,7 +32,7 @@ class BlockManager:
         self._index: dict[PageKey, int] = {}
         self._next_node = ROOT + 1
         self._cursor = 0  # where the next search for a run of pages begins
-        self._chains: dict[Sequence, tuple[int, int]] = {}  # pages entered in the tree, node of the last one
+        self._chains: dict[Sequence, tuple[int, Node]] = {}  # pages entered in the tree, node of the last one
 
     @property
     def num_free(self) -> int:
@@ -42,12 +43,15 @@ class BlockManager:
         """Pages that `num_tokens` tokens occupy."""
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, token_ids: list[int]) -> list[int]:
-        """Pages that already hold the beginning of `token_ids`, never the last token: it must be run for logits."""
+    def match_prefix(self, token_ids: list[int], salt: str | None = None) -> list[int]:
+        """Pages that already hold the beginning of `token_ids`, never the last token: it must be run for logits.
+
+        Only pages of sequences with the same `salt` are found.
+        """
         pages: list[int] = []
         if not self.prefix_caching:
             return pages
-        node, size = ROOT, self.block_size
+        node, size = _root(salt), self.block_size
         for start in range(0, (len(token_ids) - 1) // size * size, size):
             page = self._index.get((node, tuple(token_ids[start : start + size])))
             if page is None:
@@ -69,7 +73,7 @@ class BlockManager:
             self._holders[page] += 1
         sequence.block_table.extend(pages)
         sequence.num_computed_tokens = len(pages) * self.block_size
-        self._chains[sequence] = (len(pages), self._nodes[pages[-1]] if pages else ROOT)
+        self._chains[sequence] = (len(pages), self._nodes[pages[-1]] if pages else _root(sequence.cache_salt))
 
     def suffice(self, sequences: Collection[Sequence]) -> bool:
         """Whether every one of these sequences can have the page it may lack for its newest token."""
@@ -123,7 +127,7 @@ class BlockManager:
         """Enter the pages that are now full into the prefix tree."""
         if not self.prefix_caching:
             return
-        entered, node = self._chains.get(sequence, (0, ROOT))
+        entered, node = self._chains.get(sequence, (0, _root(sequence.cache_salt)))
         size = self.block_size
         while (entered + 1) * size <= sequence.num_computed_tokens:
             key = (node, tuple(sequence.token_ids[entered * size : (entered + 1) * size]))
@@ -168,3 +172,7 @@ class BlockManager:
         if key is not None:
             del self._index[key]
             self._keys[page] = None
+
+
+def _root(salt: str | None) -> Node:
+    return ROOT if salt is None else salt

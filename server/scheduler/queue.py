@@ -1,4 +1,4 @@
-"""Who waits, and who of them is admitted: in order of arrival, as long as there are pages for what all will generate.
+"""Who waits, and who of them is admitted: by priority, then arrival, while there are pages for what all will generate.
 
 Not the running ones (`server.scheduler.scheduler`). Admission keeps pages free for what running sequences will still
 generate, so preemption is the last resort and not the normal course. A request that does not fit may be overtaken, but
@@ -31,13 +31,19 @@ class WaitingQueue:
         self._stuck = False  # nobody waiting fits, and nothing has changed since
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence, at the end."""
-        self.waiting.append(sequence)
+        """A new sequence, behind all of its priority."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > sequence.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
         self._stuck = False
 
     def add_first(self, sequence: Sequence) -> None:
-        """A preempted sequence, which goes before all others."""
-        self.waiting.appendleft(sequence)
+        """A preempted sequence, which goes before all others of its priority."""
+        place = 0
+        while place < len(self.waiting) and self.waiting[place].priority < sequence.priority:
+            place += 1
+        self.waiting.insert(place, sequence)
         self._bypassed = 0
         self._stuck = False
 
@@ -73,8 +79,8 @@ class WaitingQueue:
         for position, sequence in enumerate(self.waiting):
             if position >= reach:
                 return None
-            scores = sequence.params.prompt_logprobs is not None  # then every prompt token has to be run
-            shared = [] if scores else self._blocks.match_prefix(sequence.token_ids)
+            ids = [] if sequence.params.reads_prompt else sequence.token_ids
+            shared = self._blocks.match_prefix(ids, sequence.cache_salt)
             if not self._fits(sequence, shared, reserve, alone):
                 continue
             self.leave(sequence, overtaking=position > 0)

@@ -2,7 +2,7 @@
 
 Plain Python over `Sequence`: no tensors, no clock of its own, no thread. Called by one thread only.
 
-Who is admitted, `server.scheduler.queue` says. Where pages run out all the same, the last admitted gives its own back.
+Who is admitted, `server.scheduler.queue` says. Where pages run out, the least urgent gives its own.
 """
 
 from __future__ import annotations
@@ -214,8 +214,7 @@ class Scheduler:
         """Work of the decoding sequences, the sequences that still prefill, and whether one had to be preempted."""
         decodes: list[Work] = []
         prefills: list[Sequence] = []
-        page = self.blocks.block_size
-        preempted, ahead = False, bool(self.flight)
+        page, preempted, ahead = self.blocks.block_size, False, bool(self.flight)
         for work in tuple(self.running.values()):
             sequence = work.sequence
             length = len(sequence.token_ids)
@@ -233,16 +232,17 @@ class Scheduler:
                 fits = self._make_room(sequence, length)
                 preempted |= self.num_preemptions > num_preemptions
                 if not fits:
-                    break  # it was itself the last one
+                    continue  # it was itself the one with the least to lose
             decodes.append(work)
         if preempted:
+            decodes = [work for work in decodes if work.sequence in self.running]
             prefills = [sequence for sequence in prefills if sequence in self.running]
         return decodes, prefills, preempted
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for `num_tokens`, at the cost of the last admitted, which has the least to lose. False: of itself."""
+        """Pages for `num_tokens`, at the cost of the least urgent, of these the last admitted. False: of itself."""
         while not self.blocks.grow(sequence, num_tokens):
-            victim = next(reversed(self.running))
+            victim = max(reversed(self.running), key=lambda running: running.priority)
             self._preempt(victim)
             if victim is sequence:
                 return False

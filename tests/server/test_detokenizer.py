@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from server.detokenizer import Detokenizer, StopMatcher, TokenBytes
+from server.detokenizer import Detokenizer, StopMatcher, TextStyle, TokenBytes
 
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
 
@@ -34,7 +34,7 @@ class Table:
 
 def run(pieces: Sequence[bytes], stop: Sequence[str] = (), **options: Any) -> tuple[str, list[str], str | None]:
     """(text, deltas, stop hit) of pushing every piece until a stop."""
-    detokenizer = Detokenizer(Table(pieces), stop=stop, **options)
+    detokenizer = Detokenizer(Table(pieces), TextStyle(stop), **options)
     deltas = []
     for i in range(len(pieces)):
         deltas.append(detokenizer.push(i))
@@ -93,7 +93,7 @@ def test_streamed_text_is_the_full_text_cut_at_the_first_stop(pieces: list[bytes
 @settings(deadline=None)
 @given(chunked(letters.map(str.encode)), st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3))
 def test_no_more_is_held_back_than_could_become_a_stop(pieces: list[bytes], stops: list[str]) -> None:
-    detokenizer = Detokenizer(Table(pieces), stop=stops)
+    detokenizer = Detokenizer(Table(pieces), TextStyle(stops))
     out = ""
     for i in range(len(pieces)):
         out += detokenizer.push(i)
@@ -141,7 +141,7 @@ def test_after_a_hit_nothing_comes_out() -> None:
 
 
 def test_special_and_invisible_tokens_have_no_text_but_do_not_break_a_stop() -> None:
-    detokenizer = Detokenizer(Table([b"a", b"<s>", b"b", b"END"], special=[1]), stop=["ab"])
+    detokenizer = Detokenizer(Table([b"a", b"<s>", b"b", b"END"], special=[1]), TextStyle(["ab"]))
     assert [detokenizer.push(0), detokenizer.push(1), detokenizer.push(3, visible=False)] == ["", "", ""]
     assert detokenizer.push(2) == ""
     assert detokenizer.stopped == "ab"
@@ -159,7 +159,7 @@ def test_offsets_count_whole_characters() -> None:
 
 def test_cost_per_token_does_not_grow() -> None:
     table = Table([b"\xf0", b"ab", b"\xff"])
-    detokenizer = Detokenizer(table, stop=["a" * 50, "ba" * 30])
+    detokenizer = Detokenizer(table, TextStyle(["a" * 50, "ba" * 30]))
 
     def seconds(count: int) -> float:
         started = time.perf_counter()
@@ -298,3 +298,38 @@ def test_real_vocabularies(name: str) -> None:
         streamed = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
         assert streamed == table.whole(ids)
         assert "\ufffd" not in streamed
+
+
+@given(letters, st.lists(letters.filter(bool), max_size=3), st.data())
+def test_an_included_stop_ends_the_text(text: str, stops: list[str], data: Any) -> None:
+    raw = text.encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    without = run(pieces, stops)
+    detokenizer = Detokenizer(Table(pieces), TextStyle(stops, include_stop=True))
+    found = ""
+    for i in range(len(pieces)):
+        found += detokenizer.push(i)
+        if detokenizer.stopped is not None:
+            break
+    if detokenizer.stopped is None:
+        found += detokenizer.flush()
+    assert detokenizer.stopped == without[2]
+    assert found == without[0] + (without[2] or "")
+
+
+def test_control_tokens_are_shown_and_spaces_between_them_left_out() -> None:
+    class Spaced(Table):
+        def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+            return self.pieces[token_id] if first else b" " + self.pieces[token_id]
+
+    table = Spaced([b"a", b"<s>", b"</s>"], special=[1, 2])
+
+    def text(**style: bool) -> str:
+        detokenizer = Detokenizer(table, TextStyle(**style))  # type: ignore[arg-type]
+        return "".join(detokenizer.push(i) for i in (0, 1, 2, 1, 0)) + detokenizer.flush()
+
+    assert text() == "a a"
+    assert text(skip_special=False) == "a <s> </s> <s> a"
+    assert text(skip_special=False, spaces_between_special=False) == "a <s></s><s> a"
+    assert text(spaces_between_special=False) == "a a"

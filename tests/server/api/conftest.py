@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.app import create_app
 from server.config import ServerConfig
-from server.core import FinishReason, Sequence, StepOutput, Timings, TokenLogprobs
+from server.core import FinishReason, Sequence, StateSum, StepOutput, Timings, TokenLogprobs
 from server.engine.engine import EngineStats, ModelInfo
 from server.errors import Overloaded
 from server.metrics import Metrics
@@ -89,6 +89,8 @@ class FakeGeneration:
         if script.end is FinishReason.STOP:
             tokens.append(EOS)
         events: list[StepOutput] = []
+        if params.pools:
+            sequence.states = StateSum([1.0, 2.0, 2.0, float(index)], 1)
         if params.max_tokens == 0:
             return [StepOutput(sequence.request_id, None, finish_reason=FinishReason.LENGTH)]
         ends = params.stop_token_ids | params.eos_token_ids
@@ -293,14 +295,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture
+def plain_tokenizer(tmp_path: Path) -> Tokenizer:
+    """Of a model that brings no chat template."""
+    return Tokenizer(byte_tokenizer_folder(tmp_path, chat_template=None))
+
+
+@pytest.fixture
 def make_bench(tokenizer: Tokenizer) -> Iterator[Callable[..., Bench]]:
     clients: list[TestClient] = []
 
     def make(*, max_model_len: int = 200, loaded: bool = True, **options: Any) -> Bench:
         values: dict[str, Any] = {"model": "models/tiny", "served_model_names": ("tiny", "org/alias"), **options}
         info = ModelInfo(
-            max_model_len=max_model_len, vocab_size=258, eos_token_ids=(EOS,), block_size=16, num_blocks=64,
-            kv_tokens=1024, max_num_seqs=8, dtype="float32", kv_dtype="int8", device="cpu", backend="cpu",
+            max_model_len=max_model_len, vocab_size=258, hidden_size=4, eos_token_ids=(EOS,), block_size=16,
+            num_blocks=64, kv_tokens=1024, max_num_seqs=8, dtype="float32", kv_dtype="int8", device="cpu",
+            backend="cpu",
             ledger={"weights": 1000, "kv": 500, "free": 10},
             compression={"preset": "default", "ratio_to_fp16": 2.5, "mean_rank_kept": 0.4},
         )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.admin import STALLED_AFTER_S
+from server.tokenizer import DEFAULT_CHAT_TEMPLATE
 
 
 def test_models(bench: Any) -> None:
@@ -91,7 +92,9 @@ def test_a_loop_that_hangs_with_work_is_unhealthy(bench: Any) -> None:
     bench.engine.live.clear()
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/models/tiny"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/models/tiny", "/v1/load"]
+)
 def test_head_is_get_without_a_body(bench: Any, path: str) -> None:
     response = bench.client.head(path)
     assert (response.status_code, response.content) == (200, b"")
@@ -145,6 +148,39 @@ def test_lifespan(make_bench: Any) -> None:
     bench.client.__exit__(None, None, None)
     assert bench.service.calls == ["start", "drain", "close"]
     bench.client.__enter__()
+
+
+@pytest.mark.parametrize("path", ["/load", "/v1/load"])
+def test_load(bench: Any, make_bench: Any, path: str) -> None:
+    body = bench.client.get(path).json()
+    assert body == {
+        "server_load": 0, "num_running": 0, "num_waiting": 0, "max_num_seqs": 8, "max_queue": 256, "kv_usage": 0.25,
+        "kv_tokens": 1024, "tokens_per_second": 0.0,
+    }  # fmt: skip
+    bench.complete()
+    assert bench.client.get(path).json()["tokens_per_second"] > 0
+    bench.engine.live.add(object())
+    assert bench.client.get(path).json()["server_load"] == 1
+    bench.engine.live.clear()
+    assert make_bench(loaded=False).client.get(path).json()["error"]["code"] == "model_loading"
+
+
+def test_tokenizer_info_is_a_tokenizer_config_without_paths(bench: Any) -> None:
+    body = bench.client.get("/tokenizer_info").json()
+    assert (body["bos_token"], body["eos_token"]) == ("<bos>", "<eos>")
+    assert body["tokenizer_class"].startswith("PreTrainedTokenizer") or body["tokenizer_class"] == "TokenizersBackend"
+    assert body["chat_template"] == bench.service.tokenizer.chat_template
+    assert body["vocab_size"] == 258
+    assert body["added_tokens_decoder"]["257"] == {"content": "<eos>", "special": True}
+    assert "/" not in "".join(str(v) for k, v in body.items() if k not in ("chat_template", "added_tokens_decoder"))
+
+
+def test_a_model_without_a_template_gets_the_stated_one(bench: Any, plain_tokenizer: Any) -> None:
+    bench.service.tokenizer = plain_tokenizer
+    assert bench.client.get("/tokenizer_info").json()["chat_template"] == DEFAULT_CHAT_TEMPLATE
+    bench.chat()
+    prompt = bytes(i for i in bench.engine.requests[-1].prompt_ids if i < 256).decode()
+    assert prompt == "User: say\nAssistant:"
 
 
 def test_tokenize_text(bench: Any) -> None:

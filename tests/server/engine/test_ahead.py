@@ -192,11 +192,21 @@ def test_nothing_is_launched_behind_a_last_token() -> None:
     assert memory.launched == 8 and memory.ahead == 6 * 7
 
 
-@pytest.mark.parametrize("params", [{"frequency_penalty": 0.1}, {"presence_penalty": 1.0}, {"repetition_penalty": 1.1}])
-def test_a_draw_that_needs_the_newest_token_waits_for_it(params: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [{"frequency_penalty": 0.1}, {"presence_penalty": 1.0}, {"repetition_penalty": 1.1}, {"bad_words": ((1,), (2, 3))}],
+)
+def test_a_draw_that_needs_the_newest_token_waits_for_it(params: dict[str, Any]) -> None:
     memory = Memory(64)
     drive(make_scheduler(), memory, make_sequences(random.Random(1), 6, max_tokens=9, **params))
     assert memory.launched > 9 and memory.ahead == 0
+
+
+@pytest.mark.parametrize("params", [{"bad_words": ((1,), (2,))}, {"allowed_token_ids": (1, 2)}])
+def test_a_draw_that_does_not_look_back_does_not_wait(params: dict[str, Any]) -> None:
+    memory = Memory(64)
+    drive(make_scheduler(), memory, make_sequences(random.Random(1), 6, max_tokens=9, **params))
+    assert memory.ahead > 0
 
 
 def test_guesses_wait_for_their_text() -> None:

@@ -27,6 +27,7 @@ def info(scheduler: Scheduler, vocab: int = 1000) -> ModelInfo:
     return ModelInfo(
         max_model_len=scheduler.max_model_len,
         vocab_size=vocab,
+        hidden_size=8,
         eos_token_ids=(),
         block_size=blocks.block_size,
         num_blocks=blocks.num_blocks,

@@ -127,3 +127,51 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
     row = logits(seed=6)
     assert Draw(row.clone(), [sequence(temperature=1e-30)]).read()[0].token_id == int(row.argmax())
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    row = logits(seed=4)
+    best = int(row.argmax())
+    allowed = (3, 7, 11) if best not in (3, 7, 11) else (4, 8, 12)
+    target = torch.zeros(VOCAB)
+    target[list(allowed)] = torch.softmax(row[0, list(allowed)], -1)
+    assert (draws(row, allowed_token_ids=allowed) - target).abs().max() < 5 * 0.008
+    assert set(draws(row, allowed_token_ids=allowed, top_k=2).nonzero()[:, 0].tolist()) < set(allowed)
+    rows = logits(3, seed=4)
+    items = [sequence(temperature=0.0, allowed_token_ids=ids) for ids in ((), allowed, ())]
+    free, bound, other = Draw(rows.clone(), items).read()
+    assert [free.token_id, other.token_id] == [int(rows[0].argmax()), int(rows[2].argmax())]
+    assert bound.token_id == max(allowed, key=lambda i: float(rows[1, i]))
+
+
+def test_a_bad_word_may_not_be_completed() -> None:
+    row = logits(seed=5)
+    best, second = row[0].argsort(descending=True)[:2].tolist()
+
+    def drawn(words: tuple[tuple[int, ...], ...], output: tuple[int, ...], **params: object) -> int:
+        item = sequence(output=output, temperature=0.0, bad_words=words, **params)
+        return Draw(row.clone(), [item]).read()[0].token_id
+
+    assert drawn(((best,),), ()) == second
+    assert drawn(((6, 5, best),), (6, 5)) == second
+    assert drawn(((6, 5, best),), (6, 4)) == best
+    assert drawn(((5, best),), ()) == best, "nothing was generated yet"
+    assert drawn(((2, best),), ()) == best, "the prompt ends with 2, but only what was generated counts"
+    assert drawn(((best,),), (), allowed_token_ids=(best,)) == best, "what is allowed must hold, bad or not"
+
+
+def test_named_tokens_are_scored_in_place_of_the_best() -> None:
+    rows = logits(3, seed=6)
+    expected = torch.log_softmax(rows, -1)
+    items = [
+        sequence(temperature=0.0, logprobs=2),
+        sequence(temperature=0.0, logprobs=2, logprob_token_ids=(9, 4, 7)),
+        sequence(temperature=0.0, logprobs=0, logprob_token_ids=(1,), allowed_token_ids=(2,)),
+    ]
+    first, named, limited = (token.logprobs for token in Draw(rows.clone(), items).read())
+    assert first is not None and named is not None and limited is not None
+    assert [i for i, _ in first.top] == rows[0].argsort(descending=True)[:2].tolist()
+    assert [i for i, _ in named.top] == [9, 4, 7]
+    assert [value for _, value in named.top] == pytest.approx(expected[1, [9, 4, 7]].tolist())
+    assert limited.top[0] == (1, pytest.approx(float(expected[2, 1]))), "scores are of the raw logits"
+    assert limited.logprob == pytest.approx(float(expected[2, 2]))

@@ -46,8 +46,14 @@ KINDS: dict[str, list[dict[str, Any]]] = {
         {"presence_penalty": -1.5},
     ],
     "bias": [{"logit_bias": ((17, 30.0), (40, 29.0)), "frequency_penalty": 0.5}],
+    "allowed": [
+        {"allowed_token_ids": tuple(range(17, 24))},
+        {"bad_words": ((17,), (20, 21), (30, 31, 32)), "temperature": 0.3, "seed": 4},
+        {"allowed_token_ids": (40, 41), "bad_words": ((40, 40),)},
+    ],
     "ends": [{"stop_token_ids": frozenset(range(60)), "min_tokens": 9}, {"max_tokens": 7}, {"max_tokens": 1}],
     "logprobs": [{"logprobs": 3}, {"logprobs": 0, "temperature": 0.1, "seed": 2}, {"prompt_logprobs": 1}],
+    "named logprobs": [{"logprobs": 0, "logprob_token_ids": (9, 3)}, {"logprobs": 2}, {}],
 }
 
 

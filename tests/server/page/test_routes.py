@@ -34,7 +34,7 @@ def test_browsers_get_the_page_and_programs_get_paths(client: TestClient) -> Non
     assert page.headers["vary"] == plain.headers["vary"] == "Accept"
     schema = client.get("/openapi.json").json()["paths"]
     for path in plain.json().values():
-        assert path in ("/openapi.json", "/docs") or path in schema
+        assert path in schema or client.get(path).status_code == 200
     assert client.get("/v1/models").status_code == 401, "only the page is open"
 
 

@@ -107,3 +107,22 @@ def test_random_use_keeps_the_books(seed: int) -> None:
     for item in live:
         blocks.release(item)
     assert blocks.num_free == 24
+
+
+def test_pages_are_shared_only_under_the_same_salt() -> None:
+    blocks = BlockManager(16, 2)
+    salted = sequence([1, 2, 3, 4, 5], "a")
+    salted.cache_salt = "mine"
+    compute(blocks, salted)
+    assert blocks.match_prefix(salted.token_ids) == []
+    assert blocks.match_prefix(salted.token_ids, "yours") == []
+    assert blocks.match_prefix(salted.token_ids, "mine") == salted.block_table[:2]
+    longer = sequence([1, 2, 3, 4, 5, 6, 7], "b")
+    longer.cache_salt = "mine"
+    blocks.adopt(longer, blocks.match_prefix(longer.token_ids, "mine"))
+    compute(blocks, longer)
+    assert blocks.match_prefix([*longer.token_ids, 9], "mine") == longer.block_table[:3]
+    plain = sequence([1, 2, 3, 4, 5], "c")
+    compute(blocks, plain)
+    assert blocks.match_prefix(plain.token_ids) == plain.block_table[:2]
+    blocks.check([salted, longer, plain])

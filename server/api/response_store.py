@@ -1,0 +1,61 @@
+"""Responses that may be asked for again or continued: in memory, bounded in bytes, the least recently used go first.
+
+They are gone with the process. An id is 128 random bits: whoever knows one may read, continue or delete its response.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from server.api.chat_request import ChatMessage
+from server.errors import NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A finished response: its body, and the conversation that it ends, without instructions."""
+
+    body: bytes
+    messages: tuple[ChatMessage, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it counts for: its text, and some for the objects around."""
+        return len(self.body) + sum(len(message.content.encode()) + 500 for message in self.messages)
+
+
+class ResponseStore:
+    """Holds at most `max_bytes`; 0: nothing is kept. Used on the event loop only."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def put(self, response_id: str, response: StoredResponse) -> None:
+        """Keep a response, at the cost of the least recently used; one larger than the bound is not kept."""
+        if response.num_bytes > self.max_bytes:
+            return
+        self._responses[response_id] = response
+        self.num_bytes += response.num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._responses.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+
+    def get(self, response_id: str, *, param: str | None = None) -> StoredResponse:
+        """A response that is kept; `param` names the field that asked. Raises NotFound."""
+        found = self._responses.get(response_id)
+        if found is None:
+            raise NotFound(
+                f"no response {ascii(response_id)[:80]} is kept: not stored, deleted, or dropped for newer ones",
+                param=param,
+                code="response_not_found",
+            )
+        self._responses.move_to_end(response_id)
+        return found
+
+    def delete(self, response_id: str) -> None:
+        """Forget a response. Raises NotFound."""
+        self.num_bytes -= self.get(response_id).num_bytes
+        del self._responses[response_id]
