@@ -73,7 +73,8 @@ def port() -> int:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+def demo(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """Made after the browser, so that no server starts where there is none."""
     port = free_port()
     command = [
         sys.executable, "-m", "server", "--model", "demo/storyteller", "--port", str(port), "--threads", "1",
