@@ -15,6 +15,7 @@ from server.api import admin, chat, completions, docs, embeddings, load, respons
 from server.api.failures import install_handlers
 from server.api.middleware import ApiKey, BodyLimit, RequestContext, Shed
 from server.api.response_store import ResponseStore
+from server.page import router as page
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -41,7 +42,7 @@ def create_app(service: Service) -> FastAPI:
         status=service.status,
         info=lambda: None if service.engine is None else service.engine.info,
     )
-    for module in (completions, chat, responses_api, embeddings, text, load, admin, docs):
+    for module in (completions, chat, responses_api, embeddings, text, load, admin, docs, page):
         app.include_router(module.router)
     docs.install_schema(app)
     install_handlers(app, service.metrics)

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.metrics": (*LEAVES, "server.tally", "server.engine", "server.service"),  # the latter two for their types
     "server.api": (*LEAVES, "server.engine", "server.service", "server.metrics", "server.tokenizer",
                    "server.detokenizer"),
+    "server.page": ("server.errors",),  # sends files; what it shows comes through the API
     "server": ("server", "spq", "kernels"),  # service, app, cli: the top
 }  # fmt: skip
 
@@ -52,6 +53,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "spq.sizes": frozenset(),
     "server.scheduler": frozenset(),
     "server.api": frozenset({"fastapi", "starlette", "pydantic", "pydantic_core", "prometheus_client"}),
+    "server.page": frozenset({"fastapi", "starlette"}),
     "server.api.docs": frozenset({"fastapi", "starlette", "fastapi_offline"}),
     "server.app": frozenset({"fastapi", "starlette", "pydantic"}),
 }

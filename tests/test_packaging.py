@@ -105,7 +105,12 @@ def test_a_wheel_has_the_three_packages_and_no_more() -> None:
 
 def test_packages_hold_only_what_a_wheel_carries() -> None:
     # setuptools takes other files only when package-data names them, or as sources of extensions
-    assert "package-data" not in PROJECT["tool"]["setuptools"]
+    data = {
+        str(path.relative_to(ROOT))
+        for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
     sources = {f for e in PROJECT["tool"]["setuptools"]["ext-modules"] for f in e["sources"] + e["depends"]}
     assert all((ROOT / source).is_file() for source in sources)
     others = [
@@ -114,7 +119,7 @@ def test_packages_hold_only_what_a_wheel_carries() -> None:
         for path in (ROOT / name).rglob("*")
         if path.is_file() and path.suffix not in {".py", ".so"} and "__pycache__" not in path.parts
     ]
-    assert set(others) == sources
+    assert set(others) == sources | data
 
 
 def test_both_commands_exist() -> None:

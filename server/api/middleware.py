@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 MAX_REQUEST_ID_CHARS = 128
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"})
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"}) | DOCS_PATHS
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"}) | DOCS_PATHS
+PAGE = "/page/"  # files of the page: it holds nothing, and asks with the key that its user gives
 
 
 class RequestContext:
@@ -85,7 +86,7 @@ class ApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
-        if scope["type"] != "http" or not self.digests or scope["path"] in OPEN_PATHS or self._known(scope):
+        if scope["type"] != "http" or not self.digests or _is_open(scope["path"]) or self._known(scope):
             await self.app(scope, receive, send)
             return
         error = Unauthorized(
@@ -167,6 +168,10 @@ def _request_id(given: str | None) -> str:
     if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
         return given
     return uuid.uuid4().hex
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(PAGE)
 
 
 def _digest(key: bytes) -> bytes:

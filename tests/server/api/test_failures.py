@@ -33,7 +33,10 @@ def test_unknown_model(bench: Any) -> None:
         assert "tiny" in error["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/images", "/docs/", "/redoc", "/v1/completions/", "//v1/models"])
+PATHS = ("/page/none.js", "/v1", "/v1/images", "/docs/", "/redoc", "/v1/completions/", "//v1/models")
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_unknown_route(bench: Any, path: str) -> None:
     assert error_of(bench.client.request("GET", f"http://testserver{path}"), 404)["code"] == "not_found"
 
