@@ -237,6 +237,7 @@ def make_server(service: Service) -> DrainingServer:
         port=service.config.port,
         log_config=None,
         access_log=False,  # server.app writes one line a request, with its id
+        lifespan="on",  # "auto" takes a failure in it for an app without one, and never starts
         timeout_graceful_shutdown=CONNECTIONS_END_S,
         server_header=False,
     )
