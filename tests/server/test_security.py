@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import ssl
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from models import REPOSITORY, random_model
 from starlette.testclient import TestClient
+from transformers import AutoConfig, AutoTokenizer
 
 from server.app import create_app
 from server.cli import main
@@ -32,37 +34,42 @@ PAGE = (REPOSITORY / "docs" / "security.md").read_text("utf-8")
 ORIGIN = "https://chat.example"
 
 
-def plant(folder: Path, marker: Path) -> None:
-    """Code in the folder that leaves a mark where it is imported."""
-    code = f"open({str(marker)!r}, 'w').close()\nclass Mine: pass\n"
-    (folder / "planted.py").write_text(code)
-
-
-def test_a_folder_cannot_bring_a_tokenizer_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model's folder that brings its own classes; importing them leaves a file `ran` in it."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # what an absent-minded operator would type
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
-    plant(tmp_path, marker := tmp_path / "ran")
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["planted.Mine", None]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        Tokenizer(tmp_path)
-    with pytest.raises(CalibrationError, match="trust_remote_code"):
-        tokenize(tmp_path, "text")
-    assert not marker.exists()
-
-
-def test_a_folder_cannot_bring_a_model_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    random_model("llama").save_pretrained(tmp_path)
-    plant(tmp_path, marker := tmp_path / "ran")
-    config = json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    random_model("llama").save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (folder / "planted.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\nclass Mine: pass\n")
+    config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "planted.Mine"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["planted.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_folder_cannot_bring_a_tokenizer_class(planted: Path) -> None:
+    (planted / "config.json").unlink()
+    with pytest.raises((ValueError, OSError)):
+        Tokenizer(planted)
+    with pytest.raises(CalibrationError):
+        tokenize(planted, "text")
+    assert not (planted / "ran").exists()
+    with contextlib.suppress(AttributeError):  # the class is none, but it was imported: the plant works
+        AutoTokenizer.from_pretrained(planted, trust_remote_code=True)
+    assert (planted / "ran").exists()
+
+
+def test_a_folder_cannot_bring_a_model_class(planted: Path) -> None:
     with pytest.raises(SpqError):
-        read_spec(tmp_path)
-    assert not marker.exists()
+        read_spec(planted)
+    assert not (planted / "ran").exists()
+    with contextlib.suppress(AttributeError):
+        AutoConfig.from_pretrained(planted, trust_remote_code=True)
+    assert (planted / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_the_tokens_of_a_stream_count_as_they_come(make_bench: Any, serve: Any) 
 
 
 def test_the_official_client_waits_and_tries_again(make_bench: Any, serve: Any) -> None:
-    bench = make_bench(api_keys=("a",), requests_per_minute=60)
+    bench = make_bench(api_keys=("a",), requests_per_minute=20)
     with openai.OpenAI(base_url=f"http://{serve(bench)}/v1", api_key="a", max_retries=0) as client:
         with pytest.raises(openai.RateLimitError) as caught:
             for _ in range(70):
