@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.cli import make_server
 from server.config import ServerConfig
 from server.core import SampledToken, ScheduledBatch, StepTimes
 from server.engine.engine import Engine, ModelInfo
 from server.engine.loop import EngineLoop
+from server.listener import make_server
 from server.scheduler.blocks import BlockManager
 from server.scheduler.scheduler import Scheduler
 from server.service import Service

@@ -6,26 +6,20 @@ The only reader of the environment in the server. Every flag has a variable of t
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-import uvicorn
 from pydantic import ValidationError
 
-from server.app import create_app
+from server.api.access_log import LOGGER
 from server.config import ServerConfig
+from server.listener import make_server
 from server.service import Service
 from spq.sizes import parse_bytes
-
-CONNECTIONS_END_S = 5  # after the drain: time for sockets to close
-ECHO_S = 1.0  # a signal this soon after the first is the same one, sent to the whole process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +139,22 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("host", "address to listen on"),
         Option("port", "port to listen on", int),
         Option(
-            "api-key", "key that clients must send; repeat for several (default: none)", field="api_keys", many=True
+            "api-key",
+            "key that clients must send, KEY or NAME=KEY; repeat for several (default: none)",
+            field="api_keys",
+            many=True,
         ),
+        Option("api-key-file", "TOML file of keys: a table [NAME] each, with key or sha256, and limits of its own"),
+        Option("requests-per-minute", "requests of each API key; more are refused with 429", int),
+        Option("tokens-per-minute", "tokens of each API key, of prompts and answers, before 429", int),
+        Option(
+            "cors-origin",
+            "origin of web pages that may call, e.g. https://chat.example, or *; repeat for several (default: none)",
+            field="cors_origins",
+            many=True,
+        ),
+        Option("tls-cert", "PEM file of the certificate and its chain: HTTPS instead of HTTP"),
+        Option("tls-key", "PEM file of its private key"),
         Option("request-timeout", "seconds a request may take (default: no limit)", float, field="request_timeout_s"),
         Option("drain-timeout", "seconds that accepted requests get after SIGTERM", float, field="drain_timeout_s"),
         Option("max-body", "bytes of a request body at most, e.g. 8MiB", parse_bytes, field="max_body_bytes"),
@@ -162,6 +170,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "let a request bring its own chat template, a program that may keep all others waiting: on or off",
             _switch,
         ),
+        Option("access-log", "a line for each request; json: an object, on stdout", choices=("text", "json", "off")),
         Option("log-level", "how much to log", choices=("debug", "info", "warning", "error")),
     ),
 }
@@ -200,61 +209,31 @@ def read_config(arguments: list[str], environment: Mapping[str, str]) -> ServerC
         parser.error(f"--{flags[str(first['loc'][0])]}: {first['msg']}, got {first['input']!r}")
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn that keeps the port open while it drains, so that probes see 503 and clients a Retry-After."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-        self._drain: asyncio.Task[None] | None = None
-        self._first_signal_s = 0.0
-        self.failed = False
-        service.on_failure = self._fail
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain, then exit. A later one: exit at once; a process group's echo of the first is none."""
-        if self._drain is None:
-            self._first_signal_s = time.monotonic()
-            self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
-        elif time.monotonic() - self._first_signal_s > ECHO_S:
-            print("stopped without waiting for the requests in progress", file=sys.stderr)
-            os._exit(1)
-
-    async def _drain_then_exit(self) -> None:
-        await self._service.drain()
-        self.should_exit = True
-
-    def _fail(self) -> None:
-        self.failed = True
-        self.should_exit = True
-
-
-def make_server(service: Service) -> DrainingServer:
-    """The web server as it is run here, for `service`; not started."""
-    config = uvicorn.Config(
-        create_app(service),
-        host=service.config.host,
-        port=service.config.port,
-        log_config=None,
-        access_log=False,  # server.app writes one line a request, with its id
-        lifespan="on",  # "auto" takes a failure in it for an app without one, and never starts
-        timeout_graceful_shutdown=CONNECTIONS_END_S,
-        server_header=False,
-    )
-    return DrainingServer(config, service)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if config.access_log == "json":
+        log_plainly_on_stdout(LOGGER)
     service = Service(config)
-    server = make_server(service)
+    try:
+        server = make_server(service)
+    except (OSError, ValueError) as error:
+        print(f"spq-serve: {error}", file=sys.stderr)
+        sys.exit(2)
     server.run()
     if service.is_starting:  # inside a long matrix operation; the interpreter cannot end while torch's threads run
         os._exit(int(server.failed))
     if server.failed:
         sys.exit(1)
+
+
+def log_plainly_on_stdout(name: str) -> None:
+    """Send a logger's messages to stdout as they are, and nowhere else."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger(name)
+    log.handlers, log.propagate = [handler], False
 
 
 def _parser() -> argparse.ArgumentParser:

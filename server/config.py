@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FilePath, model_validator
 
 GIB = 1024**3
 
@@ -53,13 +53,20 @@ class ServerConfig(BaseModel):
     # HTTP
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()  # KEY or NAME=KEY
+    api_key_file: FilePath | None = None  # TOML, see docs/security.md
+    requests_per_minute: int | None = Field(None, gt=0)  # of each key, where the file says no other
+    tokens_per_minute: int | None = Field(None, gt=0)
+    cors_origins: tuple[str, ...] = ()  # of pages that may call; "*": any
+    tls_cert: FilePath | None = None  # PEM, with the chain
+    tls_key: FilePath | None = None
     request_timeout_s: float | None = Field(None, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_sequences_per_request: int = Field(128, ge=1)  # n x prompts of one call
     response_store_bytes: int = Field(64 * 1024 * 1024, ge=0)  # of answers of /v1/responses; 0 = nothing is kept
     trust_request_chat_template: bool = False
+    access_log: Literal["text", "json", "off"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
@@ -86,4 +93,17 @@ class ServerConfig(BaseModel):
     def _tolerance_has_a_use(self) -> Self:
         if self.resident == "decoded" and "resident_tolerance" in self.model_fields_set:
             raise ValueError("--resident-tolerance is about --resident coded, which is not asked for; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_have_keys(self) -> Self:
+        limited = self.requests_per_minute is not None or self.tokens_per_minute is not None
+        if limited and not self.api_keys and self.api_key_file is None:
+            raise ValueError("limits per minute count by API key, and there is none; give --api-key or --api-key-file")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together; give both or none")
         return self

@@ -83,6 +83,16 @@ class Overloaded(ServeError):
             self.code = code
 
 
+class RateLimited(ServeError):
+    """429 with Retry-After: a key has used what it may a minute. `what` is requests or tokens, OpenAI's type."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, what: str, retry_after_s: int) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+        self.type = what
+
+
 class Unhealthy(ServeError):
     """503 of the health check: only a restart helps."""
 

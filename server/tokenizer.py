@@ -70,7 +70,12 @@ class Tokenizer:
 
         config_file = folder / "generation_config.json"
         config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=model_config)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,  # said aloud: without it, transformers asks on the terminal
+            config=model_config,
+        )
         self._lock = threading.Lock()  # sanitised encoding switches a setting of the shared backend
         self._bytes = TokenBytes(self._tokenizer)
         added = self._tokenizer.added_tokens_decoder

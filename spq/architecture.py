@@ -80,7 +80,12 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     """What `AutoConfig` reads; of a LLaMA without its import (`spq.llama_config`). Raises what that raises."""
     fields, _unused = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
     kind = LlamaConfig if fields.get("model_type") == LlamaConfig.model_type else AutoConfig
-    config: PreTrainedConfig = kind.from_pretrained(folder, local_files_only=True, name_or_path=str(folder))
+    config: PreTrainedConfig = kind.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,  # said aloud: without it, transformers asks on the terminal
+        name_or_path=str(folder),
+    )
     return config
 
 

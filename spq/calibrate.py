@@ -47,7 +47,7 @@ def text_hash(text: str) -> str:
 def tokenize(folder: Path, text: str, *, special_tokens: bool = False) -> Tensor:
     """Token ids int64 [n] of a text by the tokenizer of a model folder. Raises CalibrationError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     except Exception as error:  # whatever a tokenizer of unknown make raises
         raise CalibrationError(f"{folder}: its tokenizer cannot be used ({type(error).__name__}: {error})") from error

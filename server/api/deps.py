@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from server.api.generate import TokenCounts
 from server.api.protocol import GenerationBody
-from server.api.responses import Answer, ErrorAnswer, PromptTokensDetails, Usage
+from server.api.record import Phases, current_record
+from server.api.responses import Answer, ErrorAnswer, PromptTokensDetails, Usage, UsageTimings
 from server.errors import BadRequest, NotFound
 from server.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ def check_model(service: Service, name: str | None) -> None:
         names = ", ".join(service.served_names)
         raise NotFound(f"the model {ascii(name)[:200]} is not served here; served: {names}",
                        param="model", code="model_not_found")  # fmt: skip
+    current_record().model = name if name is not None else service.served_names[0]
 
 
 def read_deadline(request: Request, service: Service) -> float | None:
@@ -88,10 +90,36 @@ def usage_wanted(body: GenerationBody) -> tuple[bool, bool]:
 
 
 def usage_of(counts: TokenCounts) -> Usage:
-    """OpenAI's usage object."""
-    return Usage(
+    """OpenAI's usage object, with times where the client asked for them."""
+    usage = Usage(
         prompt_tokens=counts.prompt,
         completion_tokens=counts.completion,
         total_tokens=counts.prompt + counts.completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=counts.cached),
     )
+    if counts.phases is not None:
+        usage.timings = _timings(counts, counts.phases)
+    return usage
+
+
+def _timings(counts: TokenCounts, phases: Phases) -> UsageTimings:
+    num_run = counts.prompt - counts.cached
+    num_decoded = max(0, counts.completion - 1)  # the first token comes out of the prefill
+    return UsageTimings(
+        queue_ms=_ms(phases.queue_s),
+        cache_n=counts.cached,
+        prompt_n=num_run,
+        prompt_ms=_ms(phases.prefill_s),
+        prompt_per_second=_rate(num_run, phases.prefill_s),
+        predicted_n=counts.completion,
+        predicted_ms=_ms(phases.decode_s),
+        predicted_per_second=_rate(num_decoded, phases.decode_s),
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 3)
+
+
+def _rate(count: int, seconds: float | None) -> float | None:
+    return round(count / seconds, 3) if count and seconds else None

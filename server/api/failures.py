@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from server.api.record import current_record
 from server.errors import BadRequest, EngineError, MethodNotAllowed, NotFound, Overloaded, ServeError
 from server.metrics import Metrics
 
@@ -34,6 +35,7 @@ class ClientGone(Exception):
 
 def error_body(error: ServeError) -> bytes:
     """The JSON body. ASCII only: what is echoed may not be valid Unicode."""
+    current_record().error = error.code
     return json.dumps(error.to_openai(), ensure_ascii=True).encode()
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from server.api.answer import Answer, Delta, Plan
+from server.api.record import Phases, current_record
 from server.api.sampling import with_sibling_seed
 from server.core import StepOutput
 from server.engine.engine import Engine, Generation, GenerationRequest
@@ -29,6 +30,7 @@ class TokenCounts:
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    phases: Phases | None = None  # once all answers ended, where the client asked for times
 
 
 async def generate(
@@ -84,6 +86,7 @@ class _Meter:
         self._answers = answers
         self._metrics = metrics
         self._counts = counts
+        self._record = current_record()
         self._seen: set[int] = set()  # prompts whose first output came, by index
 
     def feed(self, answer: Answer, outputs: list[StepOutput]) -> list[Delta]:
@@ -109,6 +112,7 @@ class _Meter:
             counts.prompt += sequence.num_prompt_tokens
             counts.cached += sequence.num_cached_tokens
             metrics.prompt(sequence.num_prompt_tokens, sequence.num_cached_tokens)
+            self._record.add_prompt(sequence.num_prompt_tokens, sequence.num_cached_tokens)
         if not num_tokens:
             return
         now = time.monotonic()
@@ -123,6 +127,7 @@ class _Meter:
         answer.num_tokens += num_tokens
         counts.completion += num_tokens
         metrics.tokens(num_tokens)
+        self._record.add_tokens(num_tokens)
 
     def close(self) -> None:
         """Record how every answer ended."""
@@ -138,6 +143,20 @@ class _Meter:
         for p, prompt in enumerate(self._plan.prompts):
             longest = max(answer.num_tokens for answer in self._answers[p * n : (p + 1) * n])
             self._metrics.prompt_ended(prompt.params, n=n, max_num_tokens=longest)
+        self._record.finish_reasons += [answer.ended or unfinished for answer in self._answers]
+        self._record.phases = _phases(self._answers)
+        if self._record.wants_timings:
+            self._counts.phases = self._record.phases
+
+
+def _phases(answers: Sequence[Answer]) -> Phases:
+    timings = [answer.generation.sequence.timings for answer in answers]
+    return Phases(
+        min(t.arrived_s for t in timings),
+        min((t.scheduled_s for t in timings if t.scheduled_s is not None), default=None),
+        min((t.first_token_s for t in timings if t.first_token_s is not None), default=None),
+        max((answer.last_token_s for answer in answers if answer.last_token_s is not None), default=None),
+    )
 
 
 async def _merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, list[StepOutput]]]:

@@ -1,13 +1,12 @@
-"""What happens to every request, whatever its route: an id, a log line, a limit, a key. Plain ASGI.
+"""What happens to every request, whatever its route: an id, a record, a place, a limit of its body. Plain ASGI.
 
 Starlette's BaseHTTPMiddleware would buffer streams and hide disconnects, so these wrap receive and send themselves.
-Order, from outside: RequestContext, ApiKey, Shed, BodyLimit, then FastAPI.
+Order, from outside: RequestContext, CORS (Starlette's, where asked for), ApiKey (`keys`), Shed, RateLimit (`limits`),
+BodyLimit, then FastAPI.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import time
 import uuid
@@ -16,46 +15,47 @@ from collections.abc import Callable, Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.docs import DOCS_PATHS
 from server.api.failures import error_response
-from server.errors import Overloaded, PayloadTooLarge, ServeError, Unauthorized
+from server.api.record import RequestRecord, begin_record
+from server.errors import Overloaded, PayloadTooLarge, ServeError
 from server.metrics import Metrics
 
-access_log = logging.getLogger("server.access")
-PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds: logged only at --log-level debug
-QUIET = (200, 503)
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"})
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"}) | DOCS_PATHS
-PAGE = "/page/"  # files of the page: it holds nothing, and asks with the key that its user gives
+YES = frozenset({"1", "true", "yes", "on"})
 
 
 class RequestContext:
-    """Request id on every response, one access line and one metrics sample a request, HEAD as GET, 500 as JSON."""
+    """Request id on every response, a record and a metrics sample of every request, HEAD as GET, 500 as JSON.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    `on_end` are told of each record once its request has ended.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:
         self.app = app
         self.metrics = metrics
+        self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
         method, path = scope["method"], scope["path"]
+        record = RequestRecord(request_id, method, path)
+        record.wants_timings = headers.get("x-include-timings", "").lower() in YES
+        begin_record(record)
         # A copy: the web server reads the original to know that a HEAD answer has no body.
         scope = {**scope, "method": "GET" if method == "HEAD" else method}
-        status = 0
-        started = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             elif method == "HEAD":
                 message = {**message, "body": b""}
@@ -65,43 +65,17 @@ class RequestContext:
             await self.app(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)
-            if status:
+            if record.status:
                 raise  # too late for an answer: the web server closes the connection
             error = ServeError(f"internal error; the server's log has it under request id {request_id}")
             await error_response(error)(scope, receive, send_with_id)
         finally:
-            seconds = time.monotonic() - started
+            record.ended_s = time.monotonic()
             handler = getattr(scope.get("route"), "path", "unmatched")
-            self.metrics.http(handler, method if method in KNOWN_METHODS else "other", status, seconds)
-            level = logging.DEBUG if path in PROBES and status in QUIET else logging.INFO
-            access_log.log(level, "%s %s %d %.1f ms %s", method, ascii(path)[1:-1], status, seconds * 1000, request_id)
-
-
-class ApiKey:
-    """401 before the body is read, on every path that is not open."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app = app
-        self.digests = [_digest(key.encode()) for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection event."""
-        if scope["type"] != "http" or not self.digests or _is_open(scope["path"]) or self._known(scope):
-            await self.app(scope, receive, send)
-            return
-        error = Unauthorized(
-            "a valid API key is needed; send it as Authorization: Bearer KEY",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await error_response(error)(scope, receive, send)
-
-    def _known(self, scope: Scope) -> bool:
-        header = Headers(scope=scope).get("authorization", "")
-        scheme, _, key = header.partition(" ")
-        given = _digest(key.strip().encode("latin-1"))
-        # All keys are compared, so that the time says nothing about which one is near.
-        matches = [hmac.compare_digest(given, digest) for digest in self.digests]
-        return scheme.lower() == "bearer" and any(matches)
+            known = method if method in KNOWN_METHODS else "other"
+            self.metrics.http(handler, known, record.status, record.ended_s - record.started_s)
+            for tell in self.on_end:
+                tell(record)
 
 
 class Shed:
@@ -168,11 +142,3 @@ def _request_id(given: str | None) -> str:
     if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
         return given
     return uuid.uuid4().hex
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(PAGE)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -29,13 +29,31 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class UsageTimings(Answer):
+    """Where the time went, by llama.cpp's names: over all answers of the request, null where a phase was not reached.
+
+    `prompt_n` counts tokens that were run, `cache_n` those taken from the prefix cache. The first token belongs to
+    `prompt_ms`, so `predicted_per_second` is that of the others.
+    """
+
+    queue_ms: float | None
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float | None
+    prompt_per_second: float | None
+    predicted_n: int
+    predicted_ms: float | None
+    predicted_per_second: float | None
+
+
 class Usage(Answer):
-    """Tokens, as billed and as counted by the metrics."""
+    """Tokens, as billed and as counted by the metrics; times where X-Include-Timings asked for them."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    timings: UsageTimings | None = None
 
 
 class CompletionLogprobs(Answer):
