@@ -15,7 +15,7 @@ TESTS = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_tests_and_files_exist(page: Path) -> None:
     text = page.read_text("utf-8")
-    for name in re.findall(r"`(test_\w+)`", text):
+    for name in re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text):
         assert f"def {name}(" in TESTS, f"{page.name} names {name}"
     for path in re.findall(r"`((?:tests|docs|benchmarks|demo)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists() or "*" in path, f"{page.name} names {path}"

@@ -1,6 +1,7 @@
 """Responses that may be asked for again or continued: in memory, bounded in bytes, the least recently used go first.
 
-They are gone with the process. An id is 128 random bits: whoever knows one may read, continue or delete its response.
+They are gone with the process. Each belongs to the API key it was made with: to others it is not there. Where there are
+no keys, an id is 128 random bits, and whoever knows one may read, continue or delete its response.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class StoredResponse:
 
     body: bytes
     messages: tuple[ChatMessage, ...]
+    key: str | None = None  # name of the API key it belongs to
 
     @property
     def num_bytes(self) -> int:
@@ -43,10 +45,10 @@ class ResponseStore:
             _, oldest = self._responses.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
 
-    def get(self, response_id: str, *, param: str | None = None) -> StoredResponse:
-        """A response that is kept; `param` names the field that asked. Raises NotFound."""
+    def get(self, response_id: str, key: str | None = None, *, param: str | None = None) -> StoredResponse:
+        """A response of this key that is kept; `param` names the field that asked. Raises NotFound."""
         found = self._responses.get(response_id)
-        if found is None:
+        if found is None or found.key != key:
             raise NotFound(
                 f"no response {ascii(response_id)[:80]} is kept: not stored, deleted, or dropped for newer ones",
                 param=param,
@@ -55,7 +57,7 @@ class ResponseStore:
         self._responses.move_to_end(response_id)
         return found
 
-    def delete(self, response_id: str) -> None:
-        """Forget a response. Raises NotFound."""
-        self.num_bytes -= self.get(response_id).num_bytes
+    def delete(self, response_id: str, key: str | None = None) -> None:
+        """Forget a response of this key. Raises NotFound."""
+        self.num_bytes -= self.get(response_id, key).num_bytes
         del self._responses[response_id]

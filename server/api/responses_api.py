@@ -23,6 +23,7 @@ from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, new_id
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs
 from server.api.plan import check_priority, make_plan
+from server.api.record import current_record
 from server.api.response_answer import (
     Deleted,
     IncompleteDetails,
@@ -70,7 +71,8 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
         raise BadRequest("this server keeps no responses; leave store out", param="store", code="unsupported_value")
     earlier: list[ChatMessage] = []
     if body.previous_response_id is not None:
-        earlier += store.get(body.previous_response_id, param="previous_response_id").messages
+        key = current_record().key
+        earlier += store.get(body.previous_response_id, key, param="previous_response_id").messages
     chat = body.to_chat(earlier)
     form = tool_format(service, tokenizer)
     try:
@@ -91,13 +93,13 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
 @router.get("/v1/responses/{response_id}", response_model=ResponseObject, responses=ERRORS)
 async def retrieve_response(response_id: str, store: StoreDep) -> Response:
     """A response that is kept."""
-    return Response(store.get(response_id).body, media_type="application/json")
+    return Response(store.get(response_id, current_record().key).body, media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}", response_model=Deleted, responses=ERRORS)
 async def delete_response(response_id: str, store: StoreDep) -> Response:
     """Forget a response."""
-    store.delete(response_id)
+    store.delete(response_id, current_record().key)
     return json_answer(Deleted(id=response_id, object="response", deleted=True))
 
 
@@ -182,7 +184,7 @@ class _Call:
         response = self._response([self._message([part], status)], status)
         if self._keeps:
             said = ChatMessage(role="assistant", content=whole.text)
-            stored = StoredResponse(response.to_json(), (*self._messages, said))
+            stored = StoredResponse(response.to_json(), (*self._messages, said), current_record().key)
             self._store.put(self._plan.response_id, stored)
         return response
 

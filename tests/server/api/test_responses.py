@@ -240,3 +240,22 @@ def test_the_official_client(bench: Any, serve: Any) -> None:
         bench.script.error, bench.script.fail_after = EngineError("the engine broke"), 2
         with pytest.raises(openai.APIError, match="the engine broke"):
             list(client.responses.create(model="tiny", input="x", stream=True))
+
+
+def test_a_response_belongs_to_the_key_that_made_it(make_bench: Any) -> None:
+    bench = make_bench(api_keys=("alice=a", "bob=b"))
+    alice, bob = ({"Authorization": f"Bearer {key}"} for key in "ab")
+    body = {"model": "tiny", "input": "say"}
+    made = bench.post("/v1/responses", body, headers=alice).json()["id"]
+    path = f"/v1/responses/{made}"
+    assert bench.client.get(path, headers=bob).json()["error"]["code"] == "response_not_found"
+    assert bench.client.delete(path, headers=bob).status_code == 404
+    again = body | {"previous_response_id": made}
+    assert bench.post("/v1/responses", again, headers=bob).json()["error"]["param"] == "previous_response_id"
+    assert bench.post("/v1/responses", again, headers=alice).status_code == 200
+    with bench.client.stream("POST", "/v1/responses", json=body | {"stream": True}, headers=bob) as stream:
+        events = [line for line in stream.iter_lines() if line.startswith("data: ")]
+    streamed = json.loads(events[-1].removeprefix("data: "))["response"]["id"]
+    assert bench.client.get(f"/v1/responses/{streamed}", headers=bob).status_code == 200
+    assert bench.client.get(f"/v1/responses/{streamed}", headers=alice).status_code == 404
+    assert bench.client.delete(path, headers=alice).status_code == 200
