@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +31,7 @@ from spq.rows import Option, Row, read_rows
 from spq.scoring import LocalModel
 from spq.tensorfile import locate_tensors, read_tensor
 from spq.texts import EvaluationText
-from spq.variants import DEFAULT, FLOAT16, RECOVERED, Setting, parts, recovered, search, variants
+from spq.variants import DEFAULT, FLOAT16, RECOVER_STEPS, RECOVERED, Setting, parts, recovered, search, variants
 from spq.writer import copy_companions
 
 CPU = torch.device("cpu")
@@ -108,10 +109,10 @@ class Trials:
                     "file_bytes": nbytes, "resident_bytes": found.tensor_bytes - saved, "bits_per_weight": per_weight,
                     "tcr": None, "mcr": 1 - nbytes / (base.fp16_bytes or 1), "composite": None,
                 }))  # fmt: skip
-            if not trained:
-                self._budgeted(name, judge)
+            if not trained or (found.bits == 4 and int8_table):  # the harder rival; each is one more training
+                self._budgeted(name, judge, {"recover_steps": RECOVER_STEPS} if trained else {})
 
-    def _budgeted(self, rival: str, judge: Judge) -> None:
+    def _budgeted(self, rival: str, judge: Judge, how: dict[str, Any] | None = None) -> None:
         """The allocator at the file bytes of a row: what its tensors may take is less, by the headers of its files."""
         name, target = f"SPQ budgeted{AT}{rival}", self.rows[rival].file_bytes
         if name in self.rows or target is None:
@@ -121,7 +122,7 @@ class Trials:
         budget, out = target - max(seen, default=0), self.scratch / "packed"
         for _ in range(FITS):
             try:
-                report = self._compress(self.setting.budget(max(1, budget)), out)
+                report = self._compress(self.setting.budget(max(1, budget), **(how or {})), out)
             except OptionError as error:
                 self._add(Row(name=name, options={"why_not": str(error)}))
                 return

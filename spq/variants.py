@@ -36,9 +36,9 @@ class Setting:
         """A preset with these windows and groups."""
         return SPQConfig.preset(preset, **({"calibration_len": self.window, "group": self.group} | overrides))
 
-    def budget(self, nbytes: int) -> SPQConfig:
+    def budget(self, nbytes: int, **overrides: Any) -> SPQConfig:
         """The allocator within so many bytes of tensors."""
-        return self.options("budget", budget=nbytes)
+        return self.options("budget", budget=nbytes, **overrides)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ from spq.trials import AT
 
 NO_GPTQ = "GPTQ: not run here, needs GPTQModel (benchmarks/README.md)."
 WHY = (
-    "Why it is worse there: errors, sensitivities and the choice itself are measured on the calibration text. Rounding "
-    "costs much the same on any text; what pairs, corrections and dropped neurons lose was chosen to matter little on "
-    "that text alone, and shows on a text of another kind."
+    "Where it is worse on the second text alone, its KL grows more from the first text to the second than GPTQ's: "
+    "errors, sensitivities and the choice itself are measured on calibration text of the first kind. Rounding costs much "
+    "the same on any text; what pairs, corrections and dropped neurons lose was chosen to matter little on that kind."
 )
+UNKNOWN = "Why it is worse is not known."
 
 
 def against_gptq(rows: Mapping[str, Row]) -> str:
@@ -26,20 +27,30 @@ def against_gptq(rows: Mapping[str, Row]) -> str:
     rivals = [row for name, row in rows.items() if name.startswith("GPTQ ")]
     if not rivals:
         return NO_GPTQ
-    said, lost = [], False
+    said, reasons = [], set()
     for rival in rivals:
         ours = rows.get(f"SPQ budgeted{AT}{rival.name}")
         if ours is None or not ours.texts:
             said.append(f"{rival.name}: no budgeted model of its bytes is measured.")
             continue
         found = [versus(ours.texts[text], theirs, text) for text, theirs in rival.texts.items()]
-        lost |= any("**worse**" in words for words in found)
+        reasons |= {reason(ours, rival, i) for i, words in enumerate(found) if "**worse**" in words}
         bytes_said = f"{(ours.file_bytes or 0) / 1024:.1f} to {(rival.file_bytes or 0) / 1024:.1f} KiB"
         kept = ours.options.get("kept")
         chosen = f", chosen from {kept}" if kept else ""
         said.append(f"Budgeted SPQ at the bytes of {rival.name} ({bytes_said}{chosen}): {'; '.join(found)}.")
         said.append(_bytes_at_quality(rival, rows))
-    return " ".join([*said, WHY] if lost else said)
+    return " ".join([*said, *sorted(reasons)])
+
+
+def reason(ours: Row, rival: Row, index: int) -> str:
+    """Why `ours` is worse on the text of this index, as far as the figures tell."""
+
+    def growth(row: Row) -> float:
+        kls = [score.kl or 0.0 for score in row.texts.values()]
+        return kls[index] / kls[0] if kls[0] > 0 else math.inf
+
+    return WHY if index > 0 and growth(ours) > growth(rival) else UNKNOWN
 
 
 def versus(mine: TextScore, theirs: TextScore, text: str) -> str:

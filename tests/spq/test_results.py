@@ -27,7 +27,7 @@ from spq.variants import (
     search,
     variants,
 )
-from spq.verdict import against_gptq, difference
+from spq.verdict import UNKNOWN, against_gptq, difference, reason
 from tests.spq.test_gptq import make_checkpoint
 
 SETTING = Setting(window=32, group=16)
@@ -69,7 +69,18 @@ def test_a_difference_has_its_error() -> None:
     theirs, near, far = scored(2.0, 2.2, 2.1, 2.5), scored(2.1, 2.2, 2.0, 2.51), scored(2.2, 2.41, 2.3, 2.69)
     for mine, word in ((near, "not told apart on t"), (far, "**worse** on t")):
         rows = named(rival.model_copy(update={"texts": {"t": theirs}}), ours.model_copy(update={"texts": {"t": mine}}))
-        assert word in against_gptq(rows) and ("Why it is worse" in against_gptq(rows)) == (mine is far)
+        assert word in against_gptq(rows) and ("Why it is worse is not known" in against_gptq(rows)) == (mine is far)
+
+
+def test_a_reason_is_given_only_where_the_figures_show_it() -> None:
+    def both(name: str, first: float, second: float) -> Row:
+        scores = {"a": row(name, 1, 10.0).texts["t"], "b": row(name, 1, 10.0).texts["t"]}
+        kls = {"a": first, "b": second}
+        return Row(name=name, texts={t: score.model_copy(update={"kl": kls[t]}) for t, score in scores.items()})
+
+    rival = both("GPTQ", 0.02, 0.05)
+    assert reason(both("ours", 0.01, 0.07), rival, 1).startswith("Where it is worse on the second text")
+    assert reason(both("ours", 0.01, 0.02), rival, 1) == reason(both("ours", 0.01, 0.07), rival, 0) == UNKNOWN
 
 
 @pytest.mark.parametrize(
