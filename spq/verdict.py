@@ -16,8 +16,9 @@ from spq.trials import AT
 NO_GPTQ = "GPTQ: not run here, needs GPTQModel (benchmarks/README.md)."
 WHY = (
     "Where it is worse on the second text alone, its KL grows more from the first text to the second than GPTQ's: "
-    "errors, sensitivities and the choice itself are measured on calibration text of the first kind. Rounding costs much "
-    "the same on any text; what pairs, corrections and dropped neurons lose was chosen to matter little on that kind."
+    "errors, sensitivities and the choice itself are measured on calibration text of the first kind. Rounding costs "
+    "much the same on any text; what pairs, corrections and dropped neurons lose was chosen to matter little on that "
+    "kind."
 )
 UNKNOWN = "Why it is worse is not known."
 

@@ -29,6 +29,7 @@ from server.api.deps import (
 from server.api.fields import PositiveTokenCount, Prompts
 from server.api.plan import check_priority, truncate
 from server.api.protocol import PromptOptions
+from server.api.record import current_record
 from server.api.responses import Answer
 from server.api.sampling import check_prompt, first_given, resolve_max_tokens
 from server.api.sse import until_disconnect
@@ -124,6 +125,7 @@ async def _run(requests: Sequence[GenerationRequest], engine: Engine, service: S
             ended += 1
             sequence = generation.sequence
             metrics.prompt(sequence.num_prompt_tokens, 0)
+            current_record().add_prompt(sequence.num_prompt_tokens, 0)
             metrics.sequence_ended(sequence, num_tokens=0, reason="stop", last_token_s=None)
     finally:
         for generation in generations[ended:]:

@@ -149,6 +149,13 @@ def test_tokens_per_minute(make_bench: Any, stream: bool) -> None:
     assert 40 <= int(third.headers["retry-after"]) <= 47, "9 owed and one needed, at 13 a minute"
 
 
+def test_embeddings_count_their_prompts(make_bench: Any) -> None:
+    bench = make_bench(api_keys=("a",), tokens_per_minute=3)
+    body = {"model": "tiny", "input": "say it"}
+    assert bench.post("/v1/embeddings", body, headers=bearer("a")).status_code == 200
+    assert bench.post("/v1/embeddings", body, headers=bearer("a")).status_code == 429
+
+
 def test_the_tokens_of_a_stream_count_as_they_come(make_bench: Any, serve: Any) -> None:
     bench = make_bench(api_keys=("a",), tokens_per_minute=90)
     bench.script.text, bench.script.delay_s = "x" * 1000, 0.02
