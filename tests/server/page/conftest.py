@@ -73,8 +73,16 @@ def port() -> int:
 
 
 @pytest.fixture(scope="session")
-def demo(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """Made after the browser, so that no server starts where there is none."""
+def chromium_path() -> str:
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip("no Chromium here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo(chromium_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """No server starts where there is no browser."""
     port = free_port()
     command = [
         sys.executable, "-m", "server", "--model", "demo/storyteller", "--port", str(port), "--threads", "1",
@@ -115,14 +123,11 @@ def eventually() -> Callable[..., None]:
     return wait_for
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+@pytest.fixture(scope="module")  # while it is there an event loop runs in this thread, which other tests must not meet
+def browser(chromium_path: str) -> Iterator[Browser]:
     """The Chromium of the machine. Nothing is installed for these tests but a Python package that drives it."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip("no Chromium here")
     with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=list(FLAGS))
+        chromium = driver.chromium.launch(executable_path=chromium_path, args=list(FLAGS))
         yield chromium
         chromium.close()
 
