@@ -9,31 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
-CHECKS = [
-    schemathesis.checks.not_a_server_error,
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-]
+from tests.soak.openapi import CHECKS, HOW
+
 CASES = 25  # per operation and mode; the examples of the document come first
-HOW: dict[str, Any] = {
-    "max_examples": CASES,
-    "deadline": None,
-    "database": None,
-    "derandomize": True,
-    "suppress_health_check": list(HealthCheck),
-    "phases": [Phase.explicit, Phase.generate],
-}
 
 
 def check(case: Any) -> None:
@@ -51,7 +32,7 @@ def test_every_operation_answers_as_its_document_says(bench: Any) -> None:
         wrong = [GenerationMode.NEGATIVE] if operation.body else []  # any text is a path, so none is a wrong one
         right = [GenerationMode.POSITIVE] if operation.body or operation.path_parameters else []
         for mode in (*right, *wrong):
-            settings(**HOW)(given(case=operation.as_strategy(generation_mode=mode))(check))()
+            settings(max_examples=CASES, **HOW)(given(case=operation.as_strategy(generation_mode=mode))(check))()
         if not right:
             check(operation.Case())
     assert {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses", "GET /v1/models"} <= seen
