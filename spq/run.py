@@ -119,8 +119,11 @@ class Run:
             return self._checked(folder, first, self._verifier())
         choices = {EVERYTHING: first}
         for name, market in markets.items():
-            if market.fits(budget) and not any(same(market.decide(budget), other) for other in choices.values()):
-                choices[name] = market.decide(budget)
+            if name == EVERYTHING or not market.fits(budget):
+                continue
+            choice = market.decide(budget)
+            if not any(same(choice, other) for other in choices.values()):
+                choices[name] = choice
         verifier = self._verifier()
         tried: dict[str, float] = {}
         for name, choice in choices.items():
