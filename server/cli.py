@@ -156,6 +156,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("tls-cert", "PEM file of the certificate and its chain: HTTPS instead of HTTP"),
         Option("tls-key", "PEM file of its private key"),
         Option("request-timeout", "seconds a request may take (default: no limit)", float, field="request_timeout_s"),
+        Option(
+            "client-timeout",
+            "seconds that a client may take to send or to read the next part, before its connection is closed",
+            float,
+            field="client_timeout_s",
+        ),
         Option("drain-timeout", "seconds that accepted requests get after SIGTERM", float, field="drain_timeout_s"),
         Option("max-body", "bytes of a request body at most, e.g. 8MiB", parse_bytes, field="max_body_bytes"),
         Option("max-sequences-per-request", "n times prompts of one call", int),

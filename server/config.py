@@ -61,6 +61,7 @@ class ServerConfig(BaseModel):
     tls_cert: FilePath | None = None  # PEM, with the chain
     tls_key: FilePath | None = None
     request_timeout_s: float | None = Field(None, gt=0)
+    client_timeout_s: float = Field(60.0, gt=0)  # for the next part of a request, or of an answer to be read
     drain_timeout_s: float = Field(30.0, ge=0)
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_sequences_per_request: int = Field(128, ge=1)  # n x prompts of one call

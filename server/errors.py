@@ -60,6 +60,12 @@ class MethodNotAllowed(ServeError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class RequestTimeout(ServeError):
+    """408: the client stopped in the middle of its request."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
 class PayloadTooLarge(ServeError):
     """413: the body is larger than the operator allows."""
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import ssl
 import time
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from server.app import create_app
+from server.connection import Connection, most_connections
 from server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -57,8 +60,15 @@ def make_server(service: Service) -> DrainingServer:
     options = service.config
     if options.tls_cert is not None and options.tls_key is not None:  # uvicorn would look when it starts, and raise
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(options.tls_cert, options.tls_key)
+    connection = functools.partial(
+        Connection,
+        client_timeout_s=options.client_timeout_s,
+        most=most_connections(),
+        rejected=service.metrics.rejected,
+    )
     config = uvicorn.Config(
         create_app(service),
+        http=cast("type[asyncio.Protocol]", connection),
         host=options.host,
         port=options.port,
         log_config=None,

@@ -75,7 +75,7 @@ class Metrics:
                                 (*self._labels, "finished_reason"), registry=self.registry)  # fmt: skip
         for reason in FINISHED_REASONS:
             self._success.labels(**self._labels, finished_reason=reason)
-        self._rejections = Counter("vllm:admission_rejections", "Requests refused with 503 or 429, by reason.",
+        self._rejections = Counter("vllm:admission_rejections", "Refused with 503, 429, 408, or as no HTTP, by reason.",
                                    ("model_name", "reason"), registry=self.registry)  # fmt: skip
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._itl = self._tally(
@@ -176,7 +176,7 @@ class Metrics:
         return self._rate.per_second()
 
     def rejected(self, reason: str) -> None:
-        """A request was refused with 503 or 429."""
+        """A request was refused with 503 or 429, or by the connection itself."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:

@@ -1,8 +1,9 @@
 """`python -m tests.soak.churn --requests 5000`: clients that leave at every possible moment.
 
 Half of the requests are cut: before the head is whole, in the middle of the body, before the first byte of the answer,
-in the middle of the stream, by closing one half of the socket, by reading nothing. When all are gone, cache, queue,
-tasks, descriptors and memory must be where they were, and a request asked then must be answered as before.
+in the middle of the stream, by closing one half of the socket, by reading nothing, or they stay and send no more until
+the server closes. When all are gone, cache, queue, tasks, descriptors and memory must be where they were, and a request
+asked then must be answered as before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from tests.soak.traffic import Outcome, ask, body, head, read_answer
 AT_ONCE = 24
 NEW_TOKENS = 24
 SLACK_MIB = 24.0
-KINDS = ("in the head", "in the body", "before the answer", "in the stream", "half closed", "reads nothing", "reset")
+KINDS = ("in the head", "in the body", "before the answer", "in the stream", "half closed", "reads nothing", "reset",
+         "stalls in the head", "stalls in the body")  # fmt: skip
+CLIENT_TIMEOUT_S = 2
 
 
 async def leave(port: int, kind: str, draw: random.Random) -> None:
@@ -34,14 +37,18 @@ async def leave(port: int, kind: str, draw: random.Random) -> None:
     whole = head(data) + data
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        if kind == "in the head":
+        if kind.endswith("in the head"):
             writer.write(whole[: draw.randint(1, len(head(data)) - 1)])
-        elif kind == "in the body":
+        elif kind.endswith("in the body"):
             writer.write(head(data) + data[: draw.randint(0, len(data) - 1)])
         else:
             writer.write(whole)
         await writer.drain()
-        if kind == "half closed":
+        if kind.startswith("stalls"):
+            answer = await asyncio.wait_for(reader.read(), 30)  # to its end: the server closes
+            if not answer.startswith((b"HTTP/1.1 408", b"HTTP/1.1 503")):
+                raise AssertionError(f"a client that stalled was told {answer[:100]!r}")
+        elif kind == "half closed":
             writer.write_eof()
             with contextlib.suppress(asyncio.IncompleteReadError, ValueError):
                 await asyncio.wait_for(read_answer(reader, Outcome(), time.monotonic()), 60)
@@ -85,7 +92,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=5000)
     arguments = parser.parse_args()
     fixed = body(random.Random(9), NEW_TOKENS, temperature=0)
-    with serving("--max-num-seqs", "16", "--max-queue", "64", "--kv-memory", "3MiB") as target:
+    limits = ["--max-num-seqs", "16", "--max-queue", "64", "--kv-memory", "3MiB"]
+    with serving(*limits, "--client-timeout", str(CLIENT_TIMEOUT_S)) as target:
         asyncio.run(churn(target, 200))  # what is made once
         before, first = target.settled(), asyncio.run(ask(target.port, fixed))
         begun = time.monotonic()

@@ -24,6 +24,7 @@ from server.config import ServerConfig
 from server.core import FinishReason, Sequence, StateSum, StepOutput, Timings, TokenLogprobs
 from server.engine.engine import EngineStats, ModelInfo
 from server.errors import Overloaded
+from server.listener import make_server
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
@@ -338,14 +339,14 @@ def bench(make_bench: Callable[..., Bench]) -> Bench:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Bench], str]]:
-    """Runs a bench's app in a real uvicorn on a free port, returns host:port."""
+    """Runs a bench's app as the program does, on a free port; returns host:port."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(bench: Bench) -> str:
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(bench.service), log_config=None, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
-        server = uvicorn.Server(config)
+        server = make_server(bench.service)  # type: ignore[arg-type]
+        server.config.timeout_graceful_shutdown = 1
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         running.append((server, thread))
