@@ -28,7 +28,8 @@ from benchmarks.process import Running
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
-MODEL = "demo"
+MODEL = "demo"  # what requests call it
+STORYTELLER = ROOT / "demo" / "storyteller"
 POOL_THREADS = (os.cpu_count() or 1) + 4  # asyncio's executor makes them when first needed, and no more
 
 
@@ -102,16 +103,16 @@ class Target:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, program: Sequence[str] = ("-m", "server"), log: Path | None = None) -> Iterator[Target]:
-    """The server of the demo model, ready. Raises NotReady where it is not within five minutes."""
+def serving(*arguments: str, program: Sequence[str] = ("-m", "server"), model: Path = STORYTELLER) -> Iterator[Target]:
+    """The server of a model, ready. Raises NotReady where it is not within five minutes."""
     port = free_port()
-    command = [sys.executable, *program, "--model", str(ROOT / "demo" / "storyteller"), "--served-model-name", MODEL]
+    command = [sys.executable, *program, "--model", str(model), "--served-model-name", MODEL]
     command += ["--port", str(port), "--threads", "1", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SPQ_")} | {"HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as scratch:
         environment.setdefault("SPQ_CACHE_DIR", str(Path(tempfile.gettempdir()) / "spq-soak-cache"))
-        process = Running(command, environment, log or Path(scratch) / "log")
+        process = Running(command, environment, Path(scratch) / "log")
         try:
             process.wait_ready(f"http://127.0.0.1:{port}/ready", 300.0)
             yield Target(process, port)
