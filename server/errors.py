@@ -43,6 +43,12 @@ class Unauthorized(ServeError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
+class Forbidden(ServeError):
+    """403: the operator has not allowed this."""
+
+    status, type, code = 403, "permission_error", "forbidden"
+
+
 class NotFound(ServeError):
     """404: unknown route or model."""
 
@@ -58,6 +64,17 @@ class MethodNotAllowed(ServeError):
     """405: the route exists, the method does not; `Allow` says what does."""
 
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class Conflict(ServeError):
+    """409: not in the state the server is in."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
 
 
 class PayloadTooLarge(ServeError):
