@@ -223,11 +223,10 @@ class Lifecycle:
         if not await self.door.wait_empty(self._config.drain_timeout_s):
             logger.warning("%d requests are cut off after the drain timeout", self.door.num_inside)
         await engine.drain(0)
-        from server.engine.release import give_back, held_bytes  # torch: loaded with the engine
+        from server.engine.release import held_bytes, release_engine  # torch: loaded with the engine
 
         before = held_bytes(engine.info.device)
-        self._slot.clear()
-        after = await asyncio.to_thread(give_back, engine.info.device)
+        after = await asyncio.to_thread(release_engine, self._slot.clear())
         logger.info(
             "the model is gone after %.2f s; the process holds %s on %s, %s before",
             time.monotonic() - started,

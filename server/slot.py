@@ -52,13 +52,14 @@ class Slot:
             info.dtype,
         )
 
-    def clear(self) -> None:
-        """Drop the engine, whose loop has ended, with all that it has on the device."""
-        if self.engine is not None:
-            stats = self.engine.stats()
-            self._past = {name: self._past[name] + getattr(stats, name) for name in COUNTERS}
-            self.engine.release()
+    def clear(self) -> Engine:
+        """Drop the engine, whose loop has ended, and return it: what it holds is not freed here. There must be one."""
+        engine = self.engine
+        assert engine is not None
+        stats = engine.stats()
+        self._past = {name: self._past[name] + getattr(stats, name) for name in COUNTERS}
         self.engine = self._grammars = None
+        return engine
 
     def stats(self) -> EngineStats:
         """A reading with the counters of all engines so far."""

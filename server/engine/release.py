@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from server.engine.engine import Engine
 from server.engine.memory import read_memory
-from spq.allocator import release_freed
+from spq.allocator import release_freed, trimmed_arenas
 
 MADV_DONTNEED = 4  # madvise(2): the pages are given up; a file's are read again where they are touched
 
@@ -36,17 +37,20 @@ def held_bytes(device: str) -> int:
     return read_memory(torch.device(device.partition(":")[0])).process
 
 
-def give_back(device: str) -> int:
-    """After an engine was dropped: return what it had to the device and to the system. Returns what is still held.
+def release_engine(engine: Engine) -> int:
+    """Return what an engine, whose loop has ended, has on its device and of the system's memory. Returns what the
+    process still holds on the device.
 
     On a GPU the CUDA context stays, some hundreds of MiB; it goes with the process alone.
     """
-    gc.collect()
-    if device.startswith("cuda"):
+    with trimmed_arenas():
+        engine.release()
+        gc.collect()
+    if engine.info.device.startswith("cuda"):
         torch.cuda.empty_cache()
     release_freed()
     release_libraries()
-    return held_bytes(device)
+    return held_bytes(engine.info.device)
 
 
 def unchanged_mappings(smaps: str) -> list[tuple[int, int]]:

@@ -59,7 +59,7 @@ def counters(live: Live) -> list[float]:
 
 
 def test_an_idle_server_drops_its_model_and_a_chat_brings_it_back(gate: Gate) -> None:
-    with serve(sleep_idle_s=1.5) as live:
+    with serve(sleep_idle_s=4) as live:
         client = live.client()
         first = client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
         client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
@@ -94,7 +94,6 @@ def test_an_idle_server_drops_its_model_and_a_chat_brings_it_back(gate: Gate) ->
         after = counters(live)
         assert all(now > then for now, then in zip(after[2:], before[2:], strict=True)), "what is used is counted on"
         assert after[0] > before[0] and after[1] >= before[1]
-        live.until("sleeping")
 
 
 def test_a_stream_keeps_it_awake(gate: Gate) -> None:
