@@ -90,9 +90,7 @@ class ScriptedService(Service):
         )  # fmt: skip
         loop = EngineLoop(scheduler, ScriptedRunner(words, self._step_s), on_step=self.metrics.step)
         engine = Engine(loop, info, max_queue=config.max_queue)
-        engine.start(asyncio.get_running_loop())
-        self.tokenizer, self.engine = tokenizer, engine
-        self._enter("ready")
+        self.life.install(engine, tokenizer)
 
 
 @dataclass(slots=True)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import admin, chat, completions, docs, embeddings, load, responses_api, text
+from server.api import admin, admin_actions, chat, completions, docs, embeddings, load, responses_api, text
 from server.api.access_log import AccessLog
+from server.api.admin_key import AdminKey, read_admin_key
 from server.api.failures import install_handlers
 from server.api.keys import ApiKey, read_keys
 from server.api.limits import RateLimit
 from server.api.middleware import BodyLimit, RequestContext, Shed
+from server.api.presence import Presence
 from server.api.response_store import ResponseStore
 from server.page import router as page
 
@@ -35,6 +37,7 @@ def create_app(service: Service) -> FastAPI:
     """
     config = service.config
     keys = read_keys(config)
+    admin_key = read_admin_key(config, keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,18 +53,20 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.state.responses = ResponseStore(service.config.response_store_bytes)
     service.metrics.bind(
-        stats=lambda: None if service.engine is None else service.engine.stats(),
+        stats=service.stats,
         status=service.status,
-        info=lambda: None if service.engine is None else service.engine.info,
+        info=service.info,
     )
-    for module in (completions, chat, responses_api, embeddings, text, load, admin, docs, page):
+    for module in (completions, chat, responses_api, embeddings, text, load, admin, admin_actions, docs, page):
         app.include_router(module.router)
     docs.install_schema(app)
     install_handlers(app, service.metrics)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)  # the last one added is outermost
+    app.add_middleware(Presence, door=service.door)
     app.add_middleware(RateLimit, keys=keys, metrics=service.metrics)
     app.add_middleware(Shed, check_room=service.check_room, metrics=service.metrics)
     app.add_middleware(ApiKey, keys=keys)
+    app.add_middleware(AdminKey, key=admin_key)
     if config.cors_origins:  # outside the keys: a browser's preflight has none
         app.add_middleware(
             CORSMiddleware,

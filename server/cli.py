@@ -145,6 +145,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             many=True,
         ),
         Option("api-key-file", "TOML file of keys: a table [NAME] each, with key or sha256, and limits of its own"),
+        Option("admin-key", "key of /admin, which reloads, drains, puts to sleep and wakes (default: all is refused)"),
         Option("requests-per-minute", "requests of each API key; more are refused with 429", int),
         Option("tokens-per-minute", "tokens of each API key, of prompts and answers, before 429", int),
         Option(
@@ -155,6 +156,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         Option("tls-cert", "PEM file of the certificate and its chain: HTTPS instead of HTTP"),
         Option("tls-key", "PEM file of its private key"),
+        Option(
+            "sleep-idle-seconds",
+            "seconds without a request after which the model is dropped; the next one loads it again (default: never)",
+            float,
+            field="sleep_idle_s",
+        ),
         Option("request-timeout", "seconds a request may take (default: no limit)", float, field="request_timeout_s"),
         Option(
             "client-timeout",

@@ -55,11 +55,13 @@ class ServerConfig(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     api_keys: tuple[str, ...] = ()  # KEY or NAME=KEY
     api_key_file: FilePath | None = None  # TOML, see docs/security.md
+    admin_key: str | None = Field(None, min_length=1)  # of /admin; None: there is no way in
     requests_per_minute: int | None = Field(None, gt=0)  # of each key, where the file says no other
     tokens_per_minute: int | None = Field(None, gt=0)
     cors_origins: tuple[str, ...] = ()  # of pages that may call; "*": any
     tls_cert: FilePath | None = None  # PEM, with the chain
     tls_key: FilePath | None = None
+    sleep_idle_s: float | None = Field(None, gt=0)  # without requests, then the model is dropped until one comes
     request_timeout_s: float | None = Field(None, gt=0)
     client_timeout_s: float = Field(60.0, gt=0)  # for the next part of a request, or of an answer to be read
     drain_timeout_s: float = Field(30.0, ge=0)

@@ -43,6 +43,12 @@ class Unauthorized(ServeError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
+class Forbidden(ServeError):
+    """403: the operator has not allowed this."""
+
+    status, type, code = 403, "permission_error", "forbidden"
+
+
 class NotFound(ServeError):
     """404: unknown route or model."""
 
@@ -64,6 +70,17 @@ class RequestTimeout(ServeError):
     """408: the client stopped in the middle of its request."""
 
     status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class Conflict(ServeError):
+    """409: not in the state the server is in."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
 
 
 class PayloadTooLarge(ServeError):

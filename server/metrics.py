@@ -21,7 +21,7 @@ from server.tally import Tally
 
 if TYPE_CHECKING:
     from server.engine.engine import EngineStats, ModelInfo
-    from server.service import Status
+    from server.progress import Phase, Status
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 RATE_WINDOW_S = 10
@@ -205,6 +205,15 @@ class Metrics:
         return tally
 
 
+def sleep_states(phase: Phase) -> dict[str, float]:
+    """vLLM's states of sleep. There is one kind here: weights and cache are dropped, which it calls discard_all."""
+    return {
+        "awake": float(phase in ("ready", "draining")),
+        "weights_offloaded": 0.0,
+        "discard_all": float(phase in ("sleeping", "drained")),
+    }
+
+
 class LiveCollector(Collector):
     """Reads the engine, the service's status and the model's facts once per scrape."""
 
@@ -221,7 +230,9 @@ class LiveCollector(Collector):
         yield self._gauge("spq:generation_tokens_per_second", "Mean of the last 10 s.", self._rate.per_second())
         status = self.status()
         if status is not None:
-            yield self._gauge("spq:ready", "1 while requests are served.", float(status.phase == "ready"))
+            yield self._gauge("spq:ready", "1 while requests are served, or wake the model.", float(status.accepts))
+            yield self._gauges("vllm:engine_sleep_state", "1 for the state the engine is in.", "sleep_state",
+                               sleep_states(status.phase))  # fmt: skip
             yield self._gauge("spq:startup_progress", "Share of the start that is done.", status.progress)
             yield self._gauges("spq:startup_seconds", "Time in each phase.", "phase", status.phase_seconds)
         if (info := self.info()) is not None:

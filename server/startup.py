@@ -1,6 +1,6 @@
 """Everything between an open port and a ready engine, in order. Imported late: it brings torch and transformers.
 
-Not the state of start-up (`server.service` keeps it): this only calls the steps and reports them.
+Not the state of start-up (`server.progress` keeps it): this only calls the steps and reports them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from server.engine.engine import Engine
 from server.engine.loop import OnStep
 from server.engine.memory import MemoryBudgetError
 from server.model.resolve import prepare_folder
-from server.service import Report, StartUpError
+from server.progress import Report, StartUpError
 from server.tokenizer import Tokenizer
 from spq.architecture import read_spec
 from spq.errors import SpqError

@@ -33,7 +33,8 @@ async def health(service: ServiceDep) -> Response:
 
 @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
 async def ready(service: ServiceDep) -> Response:
-    """200 where requests would be served now; else 503, the phase and how far it is."""
+    """200 where requests would be served now, or wait for a model that sleeps or is loaded again; else 503. Always the
+    phase and how far it is."""
     status = service.status()
     problem = _problem(service)
     answer = Readiness(
@@ -43,7 +44,7 @@ async def ready(service: ServiceDep) -> Response:
         elapsed_s=round(status.elapsed_s, 3),
         eta_s=None if status.eta_s is None else round(status.eta_s, 3),
     )
-    if status.phase == "ready" and problem is None:
+    if status.accepts and problem is None:
         return json_answer(answer)
     wait_s = RETRY_AFTER_S if status.eta_s is None else max(1, round(status.eta_s))
     return json_answer(answer, status=503, headers={"Retry-After": str(wait_s)})
@@ -64,7 +65,7 @@ async def version() -> dict[str, str]:
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)
 async def list_models(service: ServiceDep) -> Response:
     """The served names, all of one model."""
-    service.ready()
+    service.facts()
     return json_answer(ModelList(object="list", data=[_card(service, name) for name in service.served_names]))
 
 
@@ -76,8 +77,7 @@ async def retrieve_model(model_id: str, service: ServiceDep) -> Response:
 
 
 def _card(service: Service, name: str) -> ModelCard:
-    engine, _ = service.ready()
-    info = engine.info
+    info, _ = service.facts()
     status = service.status()
     return ModelCard(
         id=name,
@@ -104,7 +104,7 @@ def _problem(service: Service) -> str | None:
     status = service.status()
     if status.phase == "failed":
         return status.error or "the engine has failed"
-    if service.engine is None or status.phase == "draining":
+    if service.engine is None or not service.door.is_open or status.phase == "draining":
         return None
     stats = service.engine.stats()
     if not stats.alive:

@@ -28,18 +28,21 @@ class _ParsedRequest(Request):
 
 
 class JSONRoute(APIRoute):
-    """A route that takes JSON: 415 for another content type, 400 for what is not JSON."""
+    """A route that takes JSON: 415 for another content type, 400 for what is not JSON. No body at all is fine where the
+    handler has a default for it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind our reading of the body."""
         handler = super().get_route_handler()
         if self.body_field is None:
             return handler
+        required = self.body_field.field_info.is_required()
 
         async def read_then_handle(request: Request) -> Response:
-            check_content_type(request.headers.get("content-type", ""))
             parsed = _ParsedRequest(request.scope, request.receive)
-            parsed.parsed = parse_json(await parsed.body())
+            if required or await parsed.body():
+                check_content_type(request.headers.get("content-type", ""))
+                parsed.parsed = parse_json(await parsed.body())
             return await handler(parsed)
 
         return read_then_handle

@@ -24,6 +24,7 @@ from server.api.deps import (
     check_num_sequences,
     json_answer,
     read_deadline,
+    take_model,
     usage_of,
     usage_wanted,
 )
@@ -60,10 +61,10 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     """Answer the conversation n times."""
     check_model(service, body.model)
     deadline_s = read_deadline(request, service)
-    engine, tokenizer = service.ready()
     check_num_sequences(service, n=first_given(body.n, default=1), num_prompts=1)
     check_priority(service, body)
     check_template(service, body)
+    engine, tokenizer = await take_model(request, service, deadline_s)
     form = tool_format(service, tokenizer)
     use = await asyncio.to_thread(tool_use, body, form, tokenizer)
     if use is not None and constraints(body):

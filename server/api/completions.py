@@ -22,6 +22,7 @@ from server.api.deps import (
     encode,
     json_answer,
     read_deadline,
+    take_model,
     usage_of,
     usage_wanted,
 )
@@ -46,9 +47,9 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     """Continue each prompt n times."""
     check_model(service, body.model)
     deadline_s = read_deadline(request, service)
-    engine, tokenizer = service.ready()
     check_num_sequences(service, n=first_given(body.n, default=1), num_prompts=len(body.prompt))
     check_priority(service, body)
+    engine, tokenizer = await take_model(request, service, deadline_s)
     bad_words = await encode_bad_words(tokenizer, body.bad_words)
     prompts = [await _prepare(body, prompt, engine, tokenizer, bad_words) for prompt in body.prompt]
     grammar = await compile_constraint(body, service)

@@ -12,9 +12,12 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from server.api.generate import TokenCounts
+from server.api.presence import VISIT
 from server.api.protocol import GenerationBody
 from server.api.record import Phases, current_record
 from server.api.responses import Answer, ErrorAnswer, PromptTokensDetails, Usage, UsageTimings
+from server.api.sse import until_disconnect
+from server.engine.engine import Engine
 from server.errors import BadRequest, NotFound
 from server.tokenizer import Tokenizer
 
@@ -56,6 +59,19 @@ def read_deadline(request: Request, service: Service) -> float | None:
                              param="X-Request-Timeout")  # fmt: skip
         limit = asked if limit is None else min(asked, limit)
     return None if limit is None else time.monotonic() + limit
+
+
+async def take_model(request: Request, service: Service, deadline_s: float | None) -> tuple[Engine, Tokenizer]:
+    """The model, which stays until this request has ended; one that sleeps is woken, and waited for until `deadline_s`
+    (monotonic). To be called once the body is read and checked, so that no wrong request wakes it.
+
+    Raises Overloaded, EngineError, DeadlineExceeded, ClientGone.
+    """
+    while not service.door.is_open:
+        await until_disconnect(request.receive, service.wait_open(deadline_s))
+    taken = service.ready()
+    request.scope[VISIT].begin()
+    return taken
 
 
 def check_num_sequences(service: Service, *, n: int, num_prompts: int, param: str = "prompt") -> None:

@@ -29,6 +29,7 @@ ASSETS = {
     "swagger-ui.css": "text/css; charset=utf-8",
     "favicon.png": "image/png",
 }
+ADMIN = "/admin/"  # what stands below it has a key of its own
 DOCS_PATHS = frozenset({"/docs", *(f"/docs/{name}" for name in ASSETS)})
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-src 'self' 'unsafe-inline'; "
@@ -84,12 +85,15 @@ def install_schema(app: FastAPI) -> None:
 
 def _complete(schema: dict[str, Any]) -> dict[str, Any]:
     schema["components"]["securitySchemes"] = {
-        "key": {"type": "http", "scheme": "bearer", "description": "where the operator has set --api-key"}
+        "key": {"type": "http", "scheme": "bearer", "description": "where the operator has set --api-key"},
+        "admin": {"type": "http", "scheme": "bearer", "description": "of --admin-key; without one /admin is closed"},
     }
     schema["security"] = [{}, {"key": []}]
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             _exemplify(operation, EXAMPLES[method, path])
+            if path.startswith(ADMIN):
+                operation["security"] = [{"admin": []}]
     return schema
 
 

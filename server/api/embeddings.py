@@ -25,6 +25,7 @@ from server.api.deps import (
     encode,
     new_id,
     read_deadline,
+    take_model,
 )
 from server.api.fields import PositiveTokenCount, Prompts
 from server.api.plan import check_priority, truncate
@@ -84,9 +85,9 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, service: S
     """One vector for each text: the mean of its tokens' last hidden states, of length 1."""
     check_model(service, body.model)
     deadline_s = read_deadline(request, service)
-    engine, tokenizer = service.ready()
     check_num_sequences(service, n=1, num_prompts=len(body.input), param="input")
     check_priority(service, body)
+    engine, tokenizer = await take_model(request, service, deadline_s)
     if body.dimensions not in (None, engine.info.hidden_size):
         raise BadRequest(
             f"this model's vectors have {engine.info.hidden_size} dimensions and cannot be shortened",

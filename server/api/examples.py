@@ -139,5 +139,9 @@ EXAMPLES: dict[tuple[str, str], Example] = {
     ("get", "/health"): Example({"status": "ok"}),
     ("get", "/ready"): Example({"phase": "ready", "progress": 1.0, "detail": "", "elapsed_s": 3.2, "eta_s": None}),
     ("get", "/metrics"): Example('vllm:num_requests_running{engine="0",model_name="storyteller"} 3.0\n'),
+    ("post", "/admin/reload"): Example({"phase": "ready", "seconds": 2.41}, {}),
+    ("post", "/admin/drain"): Example({"phase": "drained", "seconds": 0.87}, {}),
+    ("post", "/admin/sleep"): Example({"phase": "sleeping", "seconds": 0.05}, {"wait": True}),
+    ("post", "/admin/wake"): Example({"phase": "ready", "seconds": 2.38}, {}),
     ("get", "/version"): Example({"version": "0.1.0"}),
 }

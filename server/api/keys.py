@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.docs import DOCS_PATHS
+from server.api.docs import ADMIN, DOCS_PATHS
 from server.api.failures import error_response
 from server.api.record import current_record
 from server.config import ServerConfig
@@ -143,4 +143,4 @@ class ApiKey:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(PAGE)
+    return path in OPEN_PATHS or path.startswith((PAGE, ADMIN))

@@ -30,18 +30,18 @@ class Load(Answer):
 @router.get("/v1/load", response_model=Load, responses=ERRORS)
 @router.get("/load", response_model=Load, responses=ERRORS)
 async def load(service: ServiceDep) -> Response:
-    """How busy the engine is now; 503 until it can take requests."""
-    engine, _ = service.ready()
-    stats = engine.stats()
+    """How busy the engine is now, idle where it sleeps; 503 until it can take requests."""
+    info, _ = service.facts()
+    stats = service.stats()
     return json_answer(
         Load(
             server_load=stats.num_running + stats.num_waiting,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
-            max_num_seqs=engine.info.max_num_seqs,
+            max_num_seqs=info.max_num_seqs,
             max_queue=service.config.max_queue,
             kv_usage=round(stats.kv_usage, 6),
-            kv_tokens=engine.info.kv_tokens,
+            kv_tokens=info.kv_tokens,
             tokens_per_second=service.metrics.tokens_per_second,
         )
     )

@@ -19,7 +19,7 @@ from server.api.answer import Delta, Plan
 from server.api.body import JSONRoute
 from server.api.chat_request import ChatMessage
 from server.api.conversation import prepare
-from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, new_id, read_deadline
+from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, new_id, read_deadline, take_model
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs
 from server.api.plan import check_priority, make_plan
@@ -65,8 +65,8 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     """Answer a text or a conversation; the answer is kept unless store is false."""
     check_model(service, body.model)
     deadline_s = read_deadline(request, service)
-    engine, tokenizer = service.ready()
     check_priority(service, body)
+    engine, tokenizer = await take_model(request, service, deadline_s)
     if body.store and not store.max_bytes:
         raise BadRequest("this server keeps no responses; leave store out", param="store", code="unsupported_value")
     earlier: list[ChatMessage] = []

@@ -24,7 +24,7 @@ router = APIRouter(route_class=JSONRoute)
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """Ids of a text or of a rendered conversation."""
     check_model(service, body.model)
-    engine, tokenizer = service.ready()
+    info, tokenizer = service.facts()
     if body.prompt is not None:
         with_special = first_given(body.add_special_tokens, default=True)
         ids = await encode(tokenizer, body.prompt, add_special_tokens=with_special)
@@ -40,7 +40,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     return json_answer(
         TokenizeAnswer(
             count=len(ids),
-            max_model_len=engine.info.max_model_len,
+            max_model_len=info.max_model_len,
             tokens=ids,
             token_strs=[token_label(token_id, tokenizer) for token_id in ids] if body.return_token_strs else None,
         )
@@ -50,7 +50,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
 @router.get("/tokenizer_info", response_model=TokenizerInfo, responses=ERRORS)
 async def tokenizer_info(service: ServiceDep) -> Response:
     """The tokenizer's configuration, in the form of tokenizer_config.json."""
-    _, tokenizer = service.ready()
+    _, tokenizer = service.facts()
     return json_answer(TokenizerInfo(**tokenizer.info()))
 
 
@@ -58,11 +58,9 @@ async def tokenizer_info(service: ServiceDep) -> Response:
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """Text of ids, special tokens included."""
     check_model(service, body.model)
-    engine, tokenizer = service.ready()
+    info, tokenizer = service.facts()
     for token_id in body.tokens:
-        if token_id >= engine.info.vocab_size:
-            raise BadRequest(
-                f"token id {token_id} is outside the vocabulary of {engine.info.vocab_size}", param="tokens"
-            )
+        if token_id >= info.vocab_size:
+            raise BadRequest(f"token id {token_id} is outside the vocabulary of {info.vocab_size}", param="tokens")
     text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
     return json_answer(DetokenizeAnswer(prompt=text))

@@ -241,6 +241,10 @@ class Engine:
                 self.abort(generation.sequence.request_id)
         await asyncio.to_thread(self._loop.stop)
 
+    def release(self) -> None:
+        """After `drain`: let go of the model and its cache, whoever still holds this engine. Statistics stay."""
+        self._loop.release()
+
     def _check_fits(self, request: GenerationRequest) -> None:
         prompt = len(request.prompt_ids)
         total = min(prompt + request.params.max_tokens, self.info.max_model_len)

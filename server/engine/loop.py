@@ -121,6 +121,11 @@ class EngineLoop:
         if self._thread is not None:
             self._thread.join()
 
+    def release(self) -> None:
+        """After `stop`: let go of the runner and of a step it has not finished, whoever still holds this loop."""
+        del self._runner
+        self._launched = None
+
     def add(self, sequence: Sequence) -> None:
         """Accept a sequence."""
         self._send("add", sequence)

@@ -1,4 +1,4 @@
-"""Gives memory back to the system that starting took and serving does not: pages of libraries.
+"""Gives memory back to the system: pages of libraries that starting took, and all of an engine that was dropped.
 
 Not the accounts (`server.engine.memory`), and not freed blocks (`spq.allocator`). What is touched again
 comes back, from the kernel's cache of files in microseconds. For the CPU, where this memory is the model's too; on a
@@ -8,7 +8,14 @@ GPU's host it makes no odds.
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
+
+import torch
+
+from server.engine.engine import Engine
+from server.engine.memory import read_memory
+from spq.allocator import release_freed, trimmed_arenas
 
 MADV_DONTNEED = 4  # madvise(2): the pages are given up; a file's are read again where they are touched
 
@@ -23,6 +30,27 @@ def release_libraries() -> None:
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start, length in unchanged_mappings(Path("/proc/self/smaps").read_text("utf-8", "replace")):
         madvise(start, length, MADV_DONTNEED)
+
+
+def held_bytes(device: str) -> int:
+    """What the process holds on the device of `ModelInfo`: as `memory.read_memory` counts it."""
+    return read_memory(torch.device(device.partition(":")[0])).process
+
+
+def release_engine(engine: Engine) -> int:
+    """Return what an engine, whose loop has ended, has on its device and of the system's memory. Returns what the
+    process still holds on the device.
+
+    On a GPU the CUDA context stays, some hundreds of MiB; it goes with the process alone.
+    """
+    with trimmed_arenas():
+        engine.release()
+        gc.collect()
+    if engine.info.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    release_freed()
+    release_libraries()
+    return held_bytes(engine.info.device)
 
 
 def unchanged_mappings(smaps: str) -> list[tuple[int, int]]:

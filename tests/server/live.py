@@ -15,6 +15,7 @@ import httpx
 import openai
 import uvicorn
 from models import real_model
+from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
 from server.config import ServerConfig
@@ -27,6 +28,28 @@ class Live:
 
     service: Service
     url: str
+
+    def phase(self) -> str:
+        """As /ready says, which wakes nobody."""
+        return str(httpx.get(f"{self.url}/ready").json()["phase"])
+
+    def until(self, phase: str, timeout_s: float = 30.0) -> None:
+        """Wait for a phase."""
+        end = time.monotonic() + timeout_s
+        while (seen := self.phase()) != phase:
+            assert time.monotonic() < end, f"{seen}, not {phase}"
+            time.sleep(0.02)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One sample of /metrics, summed over labels that are not given."""
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+    def admin(self, action: str, key: str = "operator", **body: Any) -> httpx.Response:
+        """POST /admin/..."""
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(f"{self.url}/admin/{action}", headers=headers, json=body or None, timeout=120)
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)

@@ -17,7 +17,8 @@ from server.tally import Tally
 LABELS = {"model_name": "tiny", "engine": "0"}
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
           "vllm:gpu_cache_usage_perc", "vllm:cache_config_info", "spq:memory_bytes", "spq:compression_ratio",
-          "spq:ranks_kept", "spq:generation_tokens_per_second", "spq:startup_seconds", "spq:ready"}  # fmt: skip
+          "spq:ranks_kept", "spq:generation_tokens_per_second", "spq:startup_seconds", "spq:ready",
+          "vllm:engine_sleep_state"}  # fmt: skip
 COUNTERS = {"vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:prompt_tokens_cached_total",
             "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
             "vllm:request_success_total", "vllm:admission_rejections_total", "http_requests_total"}  # fmt: skip
@@ -37,7 +38,7 @@ def bound(**changes: Any) -> Metrics:
         block_size=16, num_blocks=10, kv_dtype="int8", kv_tokens=160, max_model_len=80,
         ledger={"weights": 1000, "kv": 500}, compression={"ratio_to_fp16": 2.5, "mean_rank_kept": 0.4, "preset": "x"},
     )  # fmt: skip
-    status = SimpleNamespace(phase="ready", progress=1.0, phase_seconds={"loading": 2.5})
+    status = SimpleNamespace(phase="ready", accepts=True, progress=1.0, phase_seconds={"loading": 2.5})
     values = {"stats": stats, "status": status, "info": info, **changes}
     metrics.bind(**{name: (lambda value=value: value) for name, value in values.items()})
     return metrics
@@ -88,13 +89,29 @@ def test_live_values_are_read_at_scrape_time() -> None:
 
 def test_scrape_before_anything_is_bound_or_loaded() -> None:
     assert value(Metrics("tiny"), "vllm:num_requests_running") == 0
-    loading = SimpleNamespace(phase="loading", progress=0.25, phase_seconds={})
+    loading = SimpleNamespace(phase="loading", accepts=False, progress=0.25, phase_seconds={})
     metrics = bound(stats=None, info=None, status=loading)
     assert value(metrics, "vllm:num_requests_waiting") == 0
     assert value(metrics, "vllm:num_preemptions_total") == 0
     assert value(metrics, "spq:ready") == 0
     assert value(metrics, "spq:startup_progress") == 0.25
     assert value(metrics, "spq:memory_bytes", kind="weights") is None
+
+
+@pytest.mark.parametrize(
+    ("phase", "state"),
+    [
+        ("ready", "awake"),
+        ("draining", "awake"),
+        ("sleeping", "discard_all"),
+        ("drained", "discard_all"),
+        ("loading", ""),
+    ],
+)
+def test_states_of_sleep_have_vllms_names(phase: str, state: str) -> None:
+    metrics = bound(status=SimpleNamespace(phase=phase, accepts=True, progress=1.0, phase_seconds={}))
+    for name in ("awake", "weights_offloaded", "discard_all"):
+        assert value(metrics, "vllm:engine_sleep_state", sleep_state=name) == float(name == state)
 
 
 def test_an_uncompressed_model_has_no_compression_numbers() -> None:

@@ -29,9 +29,11 @@ const chat = new Chat({
 
 const watch = new Watch((seen) => {
   const wasReady = reading.ready;
+  const wasPhase = reading.phase;
   reading = seen;
   if (seen.reachable) model = seen.model;
-  if (seen.ready && (!wasReady || card === null)) loadCard();
+  const isBack = seen.phase === "ready" && wasPhase !== "ready"; // loaded again: it may be another
+  if (seen.ready && (!wasReady || isBack || card === null)) loadCard();
   if (!seen.reachable) forgetCard(); // what comes back may be another model
   showNumbers(seen);
   refresh();
@@ -157,9 +159,12 @@ function showCode() {
 function refresh() {
   const { writing, empty } = chat;
   watch.busy = writing;
-  const names = { ready: "Ready", gone: "No answer", wait: reading.phase ? phaseName(reading.phase) : "Connecting" };
+  const name = reading.phase ? phaseName(reading.phase) : "Connecting";
+  // a model that sleeps, or is on its way back, takes messages: they wait for it
   const kind = reading.ready ? "ready" : reading.reachable ? "wait" : reading.lostAt && model ? "gone" : "wait";
-  const far = kind === "wait" && reading.progress > 0 && reading.progress < 1 ? ` ${percent(reading.progress)}` : "";
+  const names = { ready: name, gone: "No answer", wait: name };
+  const isUnderWay = reading.phase !== "ready" && reading.progress > 0 && reading.progress < 1;
+  const far = isUnderWay ? ` ${percent(reading.progress)}` : "";
   find("#state").dataset.kind = kind;
   setText(find("#state"), names[kind] + far);
   setText(find("#model"), model);

@@ -31,7 +31,8 @@ export function showNumbers(reading) {
   show("up", known ? duration(reading.elapsed_s) : "–");
   drawLine(known ? reading.rates : []);
   showKv(known ? reading.kvUsage : 0, known ? reading.kvTokens : 0);
-  showMemory(known ? reading.ledger : {}, known ? "Known once the model is loaded" : "–");
+  const without = reading.phase === "sleeping" ? "None while the model sleeps" : "Known once the model is loaded";
+  showMemory(known ? reading.ledger : {}, known ? without : "–");
 }
 
 /** What /v1/models says of the model, in words; null takes the words away. */

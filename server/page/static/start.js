@@ -9,6 +9,8 @@ const NAMES = {
   compressing: "Compressing the model",
   loading: "Loading the model",
   warming_up: "Running the largest step once",
+  sleeping: "Asleep",
+  drained: "Drained",
   draining: "Shutting down",
   failed: "The model cannot be served",
 };
@@ -35,9 +37,12 @@ function draw(card, reading) {
       make("p", { class: "quiet" }, "A server that starts opens its port at once and says here how far it is."));
     return;
   }
-  if (reading.phase === "failed" || reading.phase === "draining") {
-    const draining = "Answers under way are finished; new messages are refused.";
-    const why = reading.phase === "draining" ? draining : reading.detail;
+  const why = {
+    failed: reading.detail,
+    draining: "Answers under way are finished; new messages are refused.",
+    drained: "The operator has taken the model away. New messages are refused until it is back.",
+  }[reading.phase];
+  if (why !== undefined) {
     card.replaceChildren(make("h2", {}, phaseName(reading.phase)), make("p", {}, why));
     return;
   }

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from server.app import create_app
 from server.config import ServerConfig
 from server.core import FinishReason, Sequence, StateSum, StepOutput, Timings, TokenLogprobs
+from server.door import Door
 from server.engine.engine import EngineStats, ModelInfo
 from server.errors import Overloaded
 from server.listener import make_server
@@ -211,6 +212,31 @@ class FakeStatus:
     error: str | None = None
     phase_seconds: dict[str, float] = field(default_factory=lambda: {"loading": 2.0})
 
+    @property
+    def accepts(self) -> bool:
+        return self.phase in ("ready", "sleeping")
+
+
+class FakeLife:
+    """Does what it is told by changing the phase."""
+
+    def __init__(self, service: FakeService) -> None:
+        self._service = service
+        self.waited: list[bool] = []
+
+    async def reload(self) -> None:
+        self._service.current.phase = "ready"
+
+    async def wake(self) -> None:
+        self._service.current.phase = "ready"
+
+    async def drain(self) -> None:
+        self._service.current.phase = "drained"
+
+    async def sleep(self, *, wait: bool) -> None:
+        self.waited.append(wait)
+        self._service.current.phase = "sleeping"
+
 
 class FakeService:
     def __init__(self, config: ServerConfig, engine: FakeEngine | None, tokenizer: Tokenizer | None) -> None:
@@ -222,6 +248,10 @@ class FakeService:
         self.current = FakeStatus()
         self.calls: list[str] = []
         self.full: Overloaded | None = None
+        self.life = FakeLife(self)
+        self.door = Door()
+        if engine is not None:
+            self.door.open()
 
     def check_room(self) -> None:
         if self.full is not None:
@@ -234,6 +264,19 @@ class FakeService:
         if self.engine is None or self.tokenizer is None:
             raise Overloaded("the model is not ready: loading", retry_after_s=7, code="model_loading")
         return self.engine, self.tokenizer
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0.0, 0, 0, 0, 0.0, False) if self.engine is None else self.engine.stats()
+
+    def info(self) -> ModelInfo | None:
+        return None if self.engine is None else self.engine.info
+
+    def facts(self) -> tuple[ModelInfo, Tokenizer]:
+        engine, tokenizer = self.ready()
+        return engine.info, tokenizer
+
+    async def wait_open(self, deadline_s: float | None) -> None:
+        self.ready()
 
     def start(self) -> None:
         self.calls.append("start")

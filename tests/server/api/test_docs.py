@@ -13,7 +13,7 @@ from server.api.examples import EXAMPLES
 @pytest.fixture
 def named(make_bench: Any) -> Any:
     """A server of the examples' model."""
-    return make_bench(served_model_names=("storyteller",))
+    return make_bench(served_model_names=("storyteller",), admin_key="operator")
 
 
 def test_every_operation_is_described_with_examples_and_errors(bench: Any) -> None:
@@ -49,7 +49,8 @@ def test_examples_are_served_as_they_stand(named: Any, operation: tuple[str, str
     if "{response_id}" in path:
         made = named.post("/v1/responses", EXAMPLES["post", "/v1/responses"].request)
         path = path.replace("{response_id}", made.json()["id"])
-    response = named.client.request(method, path, json=example.request)
+    headers = {"Authorization": "Bearer operator"} if path.startswith("/admin/") else {}
+    response = named.client.request(method, path, json=example.request, headers=headers)
     assert response.status_code == 200, response.text
     if isinstance(example.response, str):
         assert example.response.partition("{")[0] in response.text
@@ -62,10 +63,10 @@ def test_examples_are_served_as_they_stand(named: Any, operation: tuple[str, str
 
 
 def test_examples_of_answers_fit_the_schema(bench: Any) -> None:
-    from server.api import admin, chat, completions, embeddings, load, responses_api, text
+    from server.api import admin, admin_actions, chat, completions, embeddings, load, responses_api, text
 
     checked = 0
-    for module in (admin, chat, completions, embeddings, load, responses_api, text):
+    for module in (admin, admin_actions, chat, completions, embeddings, load, responses_api, text):
         for route in module.router.routes:
             model = route.response_model
             for method in route.methods:
