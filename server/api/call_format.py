@@ -17,6 +17,7 @@ from server.engine.notation import Constraint, schema_rule
 
 MAX_FORCED_CALLS = 16  # of one answer, or a model that likes calls would end at max_tokens
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+DEFINITIONS = ("$defs", "definitions")  # of a schema, for references
 ANY_TEXT = r"(.|\n)"
 
 
@@ -44,8 +45,13 @@ class ToolFormat(ABC):
         """A grammar in Lark's notation: one call of one of the tools, or several, and nothing else."""
 
     @abstractmethod
-    def optional(self, tools: Sequence[Tool], *, parallel: bool, controls: Mapping[str, int]) -> str:
-        """The same, or text, or text and then calls where there is a mark between."""
+    def optional(
+        self, tools: Sequence[Tool], *, parallel: bool, controls: Mapping[str, int], text: str | None = None
+    ) -> str:
+        """The same, or text, or text and then calls where there is a mark between.
+
+        `text` is the right side of a rule that all of the text must match; calls then stand alone.
+        """
 
     @abstractmethod
     def write(self, calls: Sequence[tuple[str, Any]]) -> str:
@@ -61,9 +67,12 @@ class ToolFormat(ABC):
         example = self.write([("NAME", {"PARAMETER": "VALUE"})])
         return f"You may call these functions:\n{listed}\nTo call one, answer with nothing but:\n{example}"
 
-    def _start(self, mark_id: int | None, *, marked_calls: bool) -> str:
+    def _start(self, mark_id: int | None, text: str | None, *, marked_calls: bool) -> str:
         """The rule of text or calls. `marked_calls`: each call begins with the mark itself."""
         mark = self.opening.strip()
+        if text is not None:
+            marked = "" if marked_calls or mark_id is None else f" | <[{mark_id}]> calls"
+            return f"start: text | calls{marked}\ntext: {text}"
         if marked_calls:
             spelled = re.escape(mark).replace("/", r"\/")
             free = f"/{ANY_TEXT}+/" + ("" if mark_id is not None else f" & ~/{ANY_TEXT}*{spelled}{ANY_TEXT}*/")

@@ -16,7 +16,7 @@ from server.api.call_format import ToolFormat
 from server.api.chat_request import ChatCompletionRequest, ChatMessage
 from server.api.plan import encode_bad_words, make_plan, truncate
 from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
-from server.api.structured import compile_constraint, constraints
+from server.api.structured import compile_constraint, text_constraint
 from server.api.tool_use import ToolUse, to_template, tool_format, tool_use
 from server.api.tools import FunctionTool
 from server.engine.engine import Engine
@@ -81,12 +81,7 @@ async def plan_answers(
     """
     engine, tokenizer = service.ready()
     form = tool_format(service, tokenizer)
-    use = await asyncio.to_thread(tool_use, body, form, tokenizer)
-    if use is not None and constraints(body):
-        raise BadRequest(
-            "tools and a form for the text exclude each other; send tool_choice none, or only one of them",
-            param="tool_choice",
-        )
+    use = await asyncio.to_thread(tool_use, body, form, tokenizer, text_constraint(body))
     grammar = await compile_constraint(body, service, None if use is None else use.constraint)
     prompt = await _prepare(body, engine, tokenizer, form, prompt_param, length_param)
     continuing = bool(body.continue_final_message)

@@ -29,9 +29,11 @@ class NamedCalls(ToolFormat):
         """See `ToolFormat`."""
         return "\n".join(["start: calls", *self._rules(tools, parallel, controls)])
 
-    def optional(self, tools: Sequence[Tool], *, parallel: bool, controls: Mapping[str, int]) -> str:
+    def optional(
+        self, tools: Sequence[Tool], *, parallel: bool, controls: Mapping[str, int], text: str | None = None
+    ) -> str:
         """See `ToolFormat`."""
-        start = self._start(controls.get(self.opening), marked_calls=True)
+        start = self._start(controls.get(self.opening), text, marked_calls=True)
         return "\n".join([start, *self._rules(tools, parallel, controls)])
 
     def _rules(self, tools: Sequence[Tool], parallel: bool, controls: Mapping[str, int]) -> list[str]:

@@ -13,14 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.call_format import ANY_OBJECT, Tool, ToolFormat, json_rule, quoted, repeated
+from server.api.call_format import ANY_OBJECT, DEFINITIONS, Tool, ToolFormat, json_rule, quoted, repeated
 from server.api.pythonic_parser import PythonicParser
 from server.api.tool_parser import ToolParser
 
 MAX_PARAMETERS = 64  # written by name
 _WORDS = {"title", "description", "default", "examples", "$schema", "$comment"}  # change nothing
-_DEFINITIONS = ("$defs", "definitions")
-_PLAIN = {"type", "properties", "required", "additionalProperties", *_WORDS, *_DEFINITIONS}
+_PLAIN = {"type", "properties", "required", "additionalProperties", *_WORDS, *DEFINITIONS}
 _ANYTHING = [
     'anything: (parameter (", " parameter)*)?',
     'parameter: NAME "=" value',
@@ -42,9 +41,11 @@ class PythonicCalls(ToolFormat):
         """See `ToolFormat`."""
         return "\n".join(["start: calls", *_rules(tools, parallel)])
 
-    def optional(self, tools: Sequence[Tool], *, parallel: bool, controls: Mapping[str, int]) -> str:
+    def optional(
+        self, tools: Sequence[Tool], *, parallel: bool, controls: Mapping[str, int], text: str | None = None
+    ) -> str:
         """See `ToolFormat`."""
-        return "\n".join([self._start(controls.get(self.opening), marked_calls=False), *_rules(tools, parallel)])
+        return "\n".join([self._start(controls.get(self.opening), text, marked_calls=False), *_rules(tools, parallel)])
 
     def write(self, calls: Sequence[tuple[str, Any]]) -> str:
         """See `ToolFormat`."""
@@ -69,7 +70,7 @@ def _argument_rules(i: int, schema: dict[str, Any]) -> list[str]:
     parameters = schema.get("properties", {})
     if not _by_name(schema, parameters):
         return [f'arguments{i}: "**" {json_rule(schema)}']
-    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
+    definitions = {key: schema[key] for key in DEFINITIONS if key in schema}
     # first{k}: parameters from the k-th on, where none was written yet; more{k}: where one was.
     rules = [f"arguments{i}: first{i}_0"]
     for k, (name, value) in enumerate(parameters.items()):

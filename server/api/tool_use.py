@@ -17,7 +17,7 @@ from server.api.call_format import ANY_OBJECT, Tool, ToolFormat
 from server.api.tool_formats import FORMATS, detect, knows_tools
 from server.api.tool_parser import ToolParser
 from server.api.tools import AllowedTools, Function, FunctionTool, NamedTool, ToolCall
-from server.engine.notation import Constraint
+from server.engine.notation import Constraint, schema_rule
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ class ToolUse:
 
     form: ToolFormat
     names: frozenset[str]
-    constraint: Constraint | None  # of the whole answer, where calls are forced or a function is strict
+    constraint: Constraint | None  # of the whole answer, where calls are forced, a function is strict, the text has one
 
     @property
     def shows_control(self) -> bool:
@@ -55,8 +55,13 @@ def tool_format(service: Service, tokenizer: Tokenizer) -> ToolFormat:
     return detect(tokenizer.chat_template) if chosen == "auto" else FORMATS[chosen]
 
 
-def tool_use(body: ChatCompletionRequest, form: ToolFormat, tokenizer: Tokenizer) -> ToolUse | None:
-    """None where the answer cannot call anything. Raises BadRequest for a choice that does not go with the tools."""
+def tool_use(
+    body: ChatCompletionRequest, form: ToolFormat, tokenizer: Tokenizer, text: Constraint | None = None
+) -> ToolUse | None:
+    """None where the answer cannot call anything. `text` is what it must match where it calls nothing.
+
+    Raises BadRequest for a choice that does not go with the tools, or a `text` that is not JSON by a schema.
+    """
     choice = body.tool_choice
     if not body.tools:
         if choice not in (None, "none", "auto"):
@@ -67,6 +72,11 @@ def tool_use(body: ChatCompletionRequest, form: ToolFormat, tokenizer: Tokenizer
         raise BadRequest("two tools have the same name", param="tools")
     if choice == "none":
         return None
+    if text is not None and text.kind != "json_schema":
+        raise BadRequest(
+            f"{text.param} and tools exclude each other; beside tools, a text can only be JSON by a schema",
+            param=text.param,
+        )
     forced, named = choice == "required", list(functions)
     if isinstance(choice, NamedTool):
         forced, named = True, [choice.function.name]
@@ -79,12 +89,15 @@ def tool_use(body: ChatCompletionRequest, form: ToolFormat, tokenizer: Tokenizer
     chosen = [functions[name] for name in named]
     parallel = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
     restricted = not parallel or len(chosen) < len(functions) or any(function.strict for function in chosen)
-    text = None
-    if forced or restricted:
-        write = form.forced if forced else form.optional
-        tools = [_tool(function, forced or bool(function.strict)) for function in chosen]
-        text = write(tools, parallel=parallel, controls=_controls(form, tokenizer))
-    return ToolUse(form, frozenset(named), None if text is None else Constraint("grammar", text, "tools"))
+    tools = [_tool(function, forced or bool(function.strict)) for function in chosen]
+    controls = _controls(form, tokenizer)
+    grammar = None
+    if forced:
+        grammar = form.forced(tools, parallel=parallel, controls=controls)
+    elif restricted or text is not None:
+        rule = None if text is None else schema_rule(text)
+        grammar = form.optional(tools, parallel=parallel, controls=controls, text=rule)
+    return ToolUse(form, frozenset(named), None if grammar is None else Constraint("grammar", grammar, "tools"))
 
 
 def _tool(function: Function, strict: bool) -> Tool:

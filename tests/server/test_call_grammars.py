@@ -12,7 +12,7 @@ import pytest
 import torch
 from byte_vocabulary import ByteVocabulary
 
-from server.api.call_format import ANY_OBJECT, Tool
+from server.api.call_format import ANY_OBJECT, Tool, json_rule
 from server.api.tool_formats import FORMATS
 from server.api.tool_parser import CallArguments, CallStart, Content
 from server.core import mask_bytes
@@ -150,6 +150,19 @@ def test_marks_that_are_control_tokens_are_written_as_such() -> None:
     with_ids = compiled(form.forced([tool], parallel=False, controls={**controls, "[CALL_ID]": 0}))
     assert matches(with_ids, call)
     assert matches(with_ids, [0, *VOCABULARY.encode("none"), 0, *VOCABULARY.encode("a1b2c3d4e[ARGS]{}")])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_json_by_a_schema_or_calls(form: str) -> None:
+    text = json_rule({"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"],
+                      "additionalProperties": False})  # fmt: skip
+    tools = [Tool("none", NONE), Tool("more", {**NONE, "properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {}}})]
+    grammar = compiled(FORMATS[form].optional(tools, parallel=False, controls={}, text=text))
+    marked = form in ("hermes", "mistral11")
+    call = FORMATS[form].write([("none", {})]).removeprefix("" if marked else FORMATS[form].opening)
+    assert matches(grammar, VOCABULARY.encode(call)) and matches(grammar, VOCABULARY.encode('{"city": "Oslo"}'))
+    assert not matches(grammar, VOCABULARY.encode("Oslo")) and not matches(grammar, VOCABULARY.encode('{"city": 1}'))
+    assert read(form, '{"city": "Oslo"}', ["none"]) == ('{"city": "Oslo"}', [])
 
 
 @pytest.mark.parametrize("form", FORMATS)

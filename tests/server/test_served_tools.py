@@ -127,6 +127,26 @@ def test_strict_functions_may_be_called_and_then_rightly(live: Live) -> None:
         assert "tool_calls" in reasons
 
 
+def test_beside_tools_a_text_may_have_a_schema(live: Live) -> None:
+    """An answer is JSON by it, or calls; forced, it is calls; what is wrong with the schema is said of it."""
+    said: Any = {"type": "object", "properties": {"to": {"enum": ["sea", "land"]}}, "required": ["to"],
+                 "additionalProperties": False}  # fmt: skip
+    wanted = {"type": "json_schema", "json_schema": {"name": "said", "schema": said}}
+    options: Any = {"tools": tools(strict=True), "response_format": wanted, "parallel_tool_calls": False}
+    for seed in range(4):
+        choice = ask(live, **options, seed=seed).choices[0]
+        assert choice.finish_reason in ("stop", "tool_calls")
+        if choice.finish_reason == "stop":
+            jsonschema.validate(json.loads(choice.message.content), said)
+        else:
+            assert len(check_calls(choice.message)) == 1
+    assert ask(live, **options, tool_choice="required", seed=1).choices[0].finish_reason == "tool_calls"
+    wrong = {"type": "json_schema", "json_schema": {"name": "said", "schema": {"not": {}}}}
+    body = {"messages": MESSAGES, "tools": tools(), "response_format": wanted | wrong}
+    error = live.post("/v1/chat/completions", **body).json()["error"]
+    assert error["param"] == "response_format.json_schema.schema", error
+
+
 def begin_calls(live: Live) -> dict[str, int]:
     """A bias for the bracket or brace that a call begins with."""
     tokens = live.post("/tokenize", prompt="[{", add_special_tokens=False).json()["tokens"]

@@ -183,7 +183,6 @@ def test_logprobs_are_those_of_the_text_alone(hermes: Any) -> None:
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}},
          "tool_choice", "no tool"),
         ({"max_tool_calls": 3}, "max_tool_calls", "not support"),
-        ({"text": {"format": {"type": "json_object"}}}, "tool_choice", "exclude"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].call_id", "no call"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, "input[0].arguments",
          "JSON object"),
