@@ -79,7 +79,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option(
             "tool-format",
             "how the model writes calls of tools; auto: as its chat template shows",
-            choices=("auto", "json", "hermes", "llama3", "mistral"),
+            choices=("auto", "json", "hermes", "llama3", "mistral", "mistral11", "pythonic"),
         ),
         Option("max-model-len", "tokens of prompt and answer (default: the model's, or what fits)", int),
     ),

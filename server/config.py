@@ -24,7 +24,7 @@ class ServerConfig(BaseModel):
     calibration: str | None = None  # text file; None = the bundled sample
     cache_dir: Path = Path("~/.cache/spq-serve")
     chat_template: Path | None = None
-    tool_format: Literal["auto", "json", "hermes", "llama3", "mistral"] = "auto"
+    tool_format: Literal["auto", "json", "hermes", "llama3", "mistral", "mistral11", "pythonic"] = "auto"
     max_model_len: int | None = Field(None, ge=2)  # tokens; None = the model's, or what fits
 
     # device and memory

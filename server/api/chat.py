@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +14,7 @@ from server.api.answer import Delta, Plan
 from server.api.body import JSONRoute
 from server.api.chat_request import ChatCompletionRequest
 from server.api.chunks import TextChunks
-from server.api.conversation import check_template, prepare
+from server.api.conversation import check_template, plan_answers
 from server.api.deps import (
     ERRORS,
     ServiceDep,
@@ -30,7 +28,7 @@ from server.api.deps import (
 )
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs, prompt_logprobs
-from server.api.plan import check_priority, make_plan
+from server.api.plan import check_priority
 from server.api.responses import (
     ChatAnswer,
     ChatChoice,
@@ -43,11 +41,9 @@ from server.api.responses import (
 )
 from server.api.sampling import first_given
 from server.api.sse import DONE, EventStream, event, until_disconnect
-from server.api.structured import compile_constraint, constraints
 from server.api.tool_answers import ToolAnswer
-from server.api.tools import ToolUse, tool_format, tool_use
+from server.api.tool_use import ToolUse
 from server.engine.engine import Engine
-from server.errors import BadRequest
 from server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -65,19 +61,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     check_priority(service, body)
     check_template(service, body)
     engine, tokenizer = await take_model(request, service, deadline_s)
-    form = tool_format(service, tokenizer)
-    use = await asyncio.to_thread(tool_use, body, form, tokenizer)
-    if use is not None and constraints(body):
-        raise BadRequest(
-            "tools and a form for the text exclude each other; send tool_choice none, or only one of them",
-            param="tool_choice",
-        )
-    grammar = await compile_constraint(body, service, None if use is None else use.constraint)
-    prompt = await prepare(body, engine, tokenizer, form)
-    continuing = bool(body.continue_final_message)
-    plan = make_plan(body, "chatcmpl", [prompt], continuing=continuing, deadline_s=deadline_s, grammar=grammar)
-    if use is not None and use.shows_control:
-        plan = replace(plan, style=replace(plan.style, skip_special=False))
+    plan, use = await plan_answers(body, "chatcmpl", service, deadline_s=deadline_s)
     call = _Call(body, plan, use, service, engine, tokenizer)
     if body.stream:
         return EventStream(call.stream())

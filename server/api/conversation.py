@@ -1,4 +1,5 @@
-"""From a conversation to a prompt: its messages and tools through the chat template, and the parameters of its answers.
+"""From a conversation to the plan of its answers: messages and tools through the chat template, what the text must
+match, the parameters of sampling. Chats and /v1/responses come through here alike.
 
 Not the answering (`server.api.chat`, `server.api.responses_api`).
 """
@@ -7,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.api.answer import Prompt
+from server.api.answer import Plan, Prompt
+from server.api.call_format import ToolFormat
 from server.api.chat_request import ChatCompletionRequest, ChatMessage
-from server.api.plan import encode_bad_words, truncate
+from server.api.plan import encode_bad_words, make_plan, truncate
 from server.api.sampling import build_params, check_prompt, first_given, resolve_max_tokens
-from server.api.tool_formats import ToolFormat
-from server.api.tools import FunctionTool, to_template
+from server.api.structured import compile_constraint, text_constraint
+from server.api.tool_use import ToolUse, to_template, tool_format, tool_use
+from server.api.tools import FunctionTool
 from server.engine.engine import Engine
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
@@ -62,16 +66,40 @@ def check_template(service: Service, body: ChatCompletionRequest) -> None:
         )
 
 
-async def prepare(
+async def plan_answers(
+    body: ChatCompletionRequest,
+    kind: str,
+    service: Service,
+    *,
+    deadline_s: float | None,
+    prompt_param: str = "messages",
+    length_param: str | None = None,
+) -> tuple[Plan, ToolUse | None]:
+    """What is to be generated, and how its texts may call tools. `kind` begins the answer's id.
+
+    The params are what errors call them. Raises BadRequest, Overloaded.
+    """
+    engine, tokenizer = service.ready()
+    form = tool_format(service, tokenizer)
+    use = await asyncio.to_thread(tool_use, body, form, tokenizer, text_constraint(body))
+    grammar = await compile_constraint(body, service, None if use is None else use.constraint)
+    prompt = await _prepare(body, engine, tokenizer, form, prompt_param, length_param)
+    continuing = bool(body.continue_final_message)
+    plan = make_plan(body, kind, [prompt], continuing=continuing, deadline_s=deadline_s, grammar=grammar)
+    if use is not None and use.shows_control:
+        plan = replace(plan, style=replace(plan.style, skip_special=False))
+    return plan, use
+
+
+async def _prepare(
     body: ChatCompletionRequest,
     engine: Engine,
     tokenizer: Tokenizer,
     form: ToolFormat,
-    *,
-    prompt_param: str = "messages",
-    length_param: str | None = None,
+    prompt_param: str,
+    length_param: str | None,
 ) -> Prompt:
-    """The rendered conversation with its parameters. The params are what errors call them. Raises BadRequest."""
+    """The rendered conversation with its parameters."""
     if length_param is None:
         length_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     ids = await render(

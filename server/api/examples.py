@@ -67,7 +67,7 @@ RESPONSE = {
     "id": f"resp_{ID}", "object": "response", "created_at": CREATED, "status": "completed", "background": False,
     "error": None, "incomplete_details": None, "instructions": None, "max_output_tokens": 40, "metadata": {},
     "model": "storyteller", "output": [MESSAGE], "parallel_tool_calls": True, "previous_response_id": None,
-    "store": True, "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "none", "tools": [],
+    "store": True, "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
     "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled",
     "usage": {
         "input_tokens": 11, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

@@ -30,6 +30,27 @@ class OutputMessage(Answer):
     content: list[OutputText]
 
 
+class FunctionCall(Answer):
+    """A call of a function; `arguments` is JSON as the model wrote it, cut off where the status is incomplete."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str  # what its result has to name
+    name: str
+    arguments: str
+    status: Status
+
+
+class OfferedFunction(Answer):
+    """A tool as the response repeats it."""
+
+    type: Literal["function"] = "function"
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
 class InputDetails(Answer):
     """Of input tokens."""
 
@@ -73,14 +94,14 @@ class ResponseObject(Answer):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
-    parallel_tool_calls: bool = True
+    output: list[OutputMessage | FunctionCall]
+    parallel_tool_calls: bool
     previous_response_id: str | None
     store: bool
     temperature: float
     text: dict[str, Any] = Field(default_factory=lambda: {"format": {"type": "text"}})
-    tool_choice: Literal["none"] = "none"
-    tools: list[Any] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any]
+    tools: list[OfferedFunction]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"

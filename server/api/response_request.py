@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from server.api.chat_request import ChatCompletionRequest, ChatMessage
 from server.api.fields import (
-    Content,
     Logprobs,
     MinP,
     Penalty,
@@ -22,44 +21,23 @@ from server.api.fields import (
     TopP,
     not_served,
 )
-from server.api.protocol import Absent, NoneListed, Off, PromptOptions, Strict, refusal
+from server.api.protocol import Absent, Off, PromptOptions, refusal
+from server.api.response_items import InputItem, to_messages
+from server.api.response_tools import ResponseToolChoice, ResponseTools, to_chat_choice
 from server.api.structured import TextOptions
 
-TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
-
-
-def _plain_parts(value: Any) -> Any:
-    """Parts as a chat has them: what an output part carries beside its text says nothing to the model."""
-    if not isinstance(value, list):
-        return value
-    plain = []
-    for part in value:
-        known = isinstance(part, dict) and part.get("type") in TEXT_PARTS
-        extra = set(part) - {"type", "text", "annotations", "logprobs"} if known else set()
-        plain.append({"type": "text", "text": part.get("text")} if known and not extra else part)
-    return plain
 
 
 def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-class InputMessage(Strict):
-    """A turn. Other items (files, tool calls and their results, reasoning) are not served."""
-
-    type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Content, BeforeValidator(_plain_parts)]
-    id: str | None = None
-    status: str | None = None
-
-
 class ResponseRequest(PromptOptions):
     """POST /v1/responses."""
 
     model: str
-    input: Annotated[list[InputMessage], BeforeValidator(_as_items)] = Field(min_length=1)
+    input: Annotated[list[InputItem], BeforeValidator(_as_items)] = Field(min_length=1)
     instructions: Text | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -70,6 +48,9 @@ class ResponseRequest(PromptOptions):
     metadata: dict[str, str] | None = None
 
     text: TextOptions | None = None  # what the answer's text must match
+    tools: ResponseTools | None = None
+    tool_choice: ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     # sampling
     temperature: Temperature | None = None
@@ -89,10 +70,7 @@ class ResponseRequest(PromptOptions):
     prompt_cache_key: str | None = None
 
     # known, not served
-    tools: NoneListed = None
-    tool_choice: Annotated[Any, not_served("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, not_served(True)] = None
-    max_tool_calls: Absent = None
+    max_tool_calls: Absent = None  # counts calls of OpenAI's own tools
     reasoning: Annotated[Any, not_served({})] = None
     truncation: Annotated[Any, not_served("disabled")] = None
     service_tier: Annotated[Any, not_served("auto", "default")] = None
@@ -120,6 +98,9 @@ class ResponseRequest(PromptOptions):
             logprobs=bool(self.include),
             response_format=None if wanted is None else wanted.to_response_format(),
             top_logprobs=self.top_logprobs,
+            tools=None if self.tools is None else [tool.to_chat() for tool in self.tools],
+            tool_choice=to_chat_choice(self.tool_choice),
+            parallel_tool_calls=self.parallel_tool_calls,
             **{name: getattr(self, name) for name in SAME_IN_CHAT},
         )
 
@@ -132,9 +113,15 @@ class ResponseRequest(PromptOptions):
         return {"format": wanted.model_dump(by_alias=True, exclude_none=True)}
 
     @property
+    def tool_choice_said(self) -> Any:
+        """`tool_choice` as the response repeats it."""
+        choice = "auto" if self.tool_choice is None else self.tool_choice
+        return choice if isinstance(choice, str) else choice.model_dump()
+
+    @property
     def messages(self) -> list[ChatMessage]:
         """The new turns."""
-        return [ChatMessage(role=item.role, content=item.content) for item in self.input]
+        return to_messages(self.input)
 
 
 SAME_IN_CHAT = (

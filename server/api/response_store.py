@@ -24,7 +24,9 @@ class StoredResponse:
     @property
     def num_bytes(self) -> int:
         """What it counts for: its text, and some for the objects around."""
-        return len(self.body) + sum(len((message.content or "").encode()) + 500 for message in self.messages)
+        calls = [call for message in self.messages for call in message.tool_calls or ()]
+        texts = [message.content or "" for message in self.messages] + [call.function.arguments for call in calls]
+        return len(self.body) + sum(len(text.encode()) + 500 for text in texts)
 
 
 class ResponseStore:

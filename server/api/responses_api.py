@@ -1,47 +1,48 @@
 """POST /v1/responses: a chat in OpenAI's newer form, continued by `previous_response_id` where the earlier one is kept.
 
-It is rendered and generated as a chat completion is (`server.api.chat`); here are its answer, its events and its store.
+It is planned and generated as a chat completion is (`server.api.conversation`); here are its answer, the numbers of its
+events and its store. What its output is made of is in `response_output`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from server.api.answer import Delta, Plan
+from server.api.answer import Delta, Plan, TokenEntry
 from server.api.body import JSONRoute
 from server.api.chat_request import ChatMessage
-from server.api.conversation import prepare
-from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, new_id, read_deadline, take_model
+from server.api.conversation import plan_answers
+from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, read_deadline, take_model
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs
-from server.api.plan import check_priority, make_plan
+from server.api.plan import check_priority
 from server.api.record import current_record
 from server.api.response_answer import (
     Deleted,
     IncompleteDetails,
     InputDetails,
+    OfferedFunction,
     OutputDetails,
-    OutputMessage,
-    OutputText,
     ResponseObject,
     ResponseUsage,
     Status,
 )
+from server.api.response_items import unknown_output
+from server.api.response_output import Event, ResponseOutput
 from server.api.response_request import ResponseRequest
 from server.api.response_store import ResponseStore, StoredResponse
 from server.api.responses import ChatTokenLogprob
 from server.api.sampling import first_given
 from server.api.sse import EventStream, until_disconnect
-from server.api.structured import compile_constraint
-from server.api.tools import tool_format
+from server.api.tool_use import ToolUse
 from server.engine.engine import Engine
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer
@@ -73,21 +74,33 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     if body.previous_response_id is not None:
         key = current_record().key
         earlier += store.get(body.previous_response_id, key, param="previous_response_id").messages
-    chat = body.to_chat(earlier)
-    form = tool_format(service, tokenizer)
+    if (place := unknown_output(body.input, earlier)) is not None:
+        param = f"input[{place}].call_id"
+        raise BadRequest(f"{param} names no call of this conversation", param=param)
     try:
-        grammar = await compile_constraint(chat, service)
-        prompt = await prepare(chat, engine, tokenizer, form, prompt_param="input", length_param="max_output_tokens")
+        plan, use = await plan_answers(
+            body.to_chat(earlier),
+            "resp",
+            service,
+            deadline_s=deadline_s,
+            prompt_param="input",
+            length_param="max_output_tokens",
+        )
     except BadRequest as error:
-        renamed = {"messages": "input", "response_format": "text.format"}  # what the template does not accept
-        error.param = renamed.get((error.param or "").partition(".")[0], error.param)
+        error.param = _renamed(error.param)
         raise
-    plan = make_plan(chat, "resp", [prompt], continuing=False, deadline_s=deadline_s, grammar=grammar)
     plan = replace(plan, response_id=plan.response_id.replace("-", "_", 1))
-    call = _Call(body, [*earlier, *body.messages], plan, service, engine, tokenizer, store)
+    call = _Call(body, [*earlier, *body.messages], plan, use, service, engine, tokenizer, store)
     if body.stream:
         return EventStream(call.stream())
     return json_answer(await until_disconnect(request.receive, call.collect()))
+
+
+def _renamed(param: str | None) -> str | None:
+    """A field of a chat as it is called here. A call whose arguments are cut can only be of an earlier response."""
+    field = (param or "").partition(".")[0]
+    names = {"messages": "input", "response_format": "text.format"}  # the first: what the template does not accept
+    return "previous_response_id" if field.startswith("messages[") else names.get(field, param)
 
 
 @router.get("/v1/responses/{response_id}", response_model=ResponseObject, responses=ERRORS)
@@ -111,6 +124,7 @@ class _Call:
         body: ResponseRequest,
         messages: list[ChatMessage],
         plan: Plan,
+        use: ToolUse | None,
         service: Service,
         engine: Engine,
         tokenizer: Tokenizer,
@@ -124,77 +138,63 @@ class _Call:
         self._counts = TokenCounts()
         self._deltas = generate(plan, engine, tokenizer, service.metrics, self._counts)
         self._created = int(time.time())
-        self._message_id = new_id("msg").replace("-", "_", 1)
+        self._output = ResponseOutput(use, self._logprobs)
         self._keeps = first_given(body.store, default=True) and store.max_bytes > 0
 
     async def collect(self) -> ResponseObject:
         """The whole response."""
-        whole = Delta(0)
+        self._output.begin()
+        last = Delta(0)
         async with aclosing(self._deltas) as deltas:
             async for batch in deltas:
-                for delta in batch:
-                    whole.extend(delta)
-        return self._finish(whole)
+                for last in batch:
+                    self._output.feed(last)
+        status = _status(last)
+        self._output.end(status)
+        return self._finish(status)
 
     async def stream(self) -> AsyncGenerator[bytes]:
-        """OpenAI's events of a response with one message with one part, numbered; no [DONE], as there."""
+        """OpenAI's events, numbered; no [DONE], as there."""
         number = 0
 
-        def event(kind: str, **fields: Any) -> bytes:
+        def written(*events: Event) -> bytes:
             nonlocal number
-            payload = to_json({"type": kind, "sequence_number": number, **fields})
-            number += 1
-            return f"event: {kind}\n".encode() + b"data: " + payload + b"\n\n"
+            data = b""
+            for kind, fields in events:
+                payload = to_json({"type": kind, "sequence_number": number, **fields})
+                data += f"event: {kind}\n".encode() + b"data: " + payload + b"\n\n"
+                number += 1
+            return data
 
-        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        whole, empty = Delta(0), OutputText(text="")
+        last, started = Delta(0), False
         async with aclosing(self._deltas) as deltas:
-            started = False
             async for batch in deltas:
-                events = b""
+                data = b""
                 if not started:  # only now: a request that fails before its first token gets an error's status
                     started = True
-                    response = self._response([], "in_progress")
-                    events += event("response.created", response=response)
-                    events += event("response.in_progress", response=response)
-                    item = self._message([], "in_progress")
-                    events += event("response.output_item.added", output_index=0, item=item)
-                    events += event("response.content_part.added", part=empty, **place)
-                for delta in batch:
-                    whole.extend(delta)
-                    if delta.text:
-                        logprobs = self._logprobs(delta)
-                        events += event("response.output_text.delta", delta=delta.text, logprobs=logprobs, **place)
-                yield events
-        response = self._finish(whole)
-        [item] = response.output
-        [part] = item.content
-        yield b"".join(
-            (
-                event("response.output_text.done", text=part.text, logprobs=part.logprobs, **place),
-                event("response.content_part.done", part=part, **place),
-                event("response.output_item.done", output_index=0, item=item),
-                event(f"response.{response.status}", response=response),
-            )
-        )
+                    begun = {"response": self._response("in_progress")}
+                    data += written(("response.created", begun), ("response.in_progress", begun))
+                    data += written(*self._output.begin())
+                for last in batch:
+                    data += written(*self._output.feed(last))
+                if data:
+                    yield data
+        status = _status(last)
+        ended = written(*self._output.end(status))
+        yield ended + written((f"response.{status}", {"response": self._finish(status)}))
 
-    def _finish(self, whole: Delta) -> ResponseObject:
-        status: Status = "incomplete" if whole.finish_reason == "length" else "completed"
-        part = OutputText(text=whole.text, logprobs=self._logprobs(whole))
-        response = self._response([self._message([part], status)], status)
+    def _finish(self, status: Status) -> ResponseObject:
+        response = self._response(status)
         if self._keeps:
-            said = ChatMessage(role="assistant", content=whole.text)
-            stored = StoredResponse(response.to_json(), (*self._messages, said), current_record().key)
+            messages = (*self._messages, self._output.to_message())
+            stored = StoredResponse(response.to_json(), messages, current_record().key)
             self._store.put(self._plan.response_id, stored)
         return response
 
-    def _message(self, content: list[OutputText], status: Status) -> OutputMessage:
-        return OutputMessage(id=self._message_id, status=status, content=content)
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> list[ChatTokenLogprob]:
+        return chat_logprobs(entries, self._tokenizer).content if self._body.include else []
 
-    def _logprobs(self, delta: Delta) -> list[ChatTokenLogprob]:
-        return chat_logprobs(delta.entries, self._tokenizer).content if self._body.include else []
-
-    def _response(self, output: list[OutputMessage], status: Status) -> ResponseObject:
+    def _response(self, status: Status) -> ResponseObject:
         body, counts, params = self._body, self._counts, self._plan.prompts[0].params
         usage = ResponseUsage(
             input_tokens=counts.prompt,
@@ -212,12 +212,27 @@ class _Call:
             max_output_tokens=body.max_output_tokens,
             metadata=body.metadata or {},
             model=body.model,
-            output=output,
+            output=self._output.items,
+            parallel_tool_calls=first_given(body.parallel_tool_calls, default=True),
             previous_response_id=body.previous_response_id,
             store=self._keeps,
             temperature=params.temperature,
             text=body.text_options,
+            tool_choice=body.tool_choice_said,
+            tools=[
+                OfferedFunction(
+                    name=tool.name,
+                    description=tool.description,
+                    parameters=tool.parameters,
+                    strict=bool(tool.strict),
+                )
+                for tool in body.tools or ()
+            ],
             top_logprobs=first_given(body.top_logprobs, default=0),
             top_p=params.top_p,
             usage=None if status == "in_progress" else usage,
         )
+
+
+def _status(last: Delta) -> Status:
+    return "incomplete" if last.finish_reason == "length" else "completed"

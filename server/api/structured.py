@@ -126,26 +126,37 @@ class StructuredOutputs(_Strict):
 async def compile_constraint(body: GenerationBody, service: Service, tools: Constraint | None = None) -> Grammar | None:
     """What the answer's text must match, compiled; None where it may be anything.
 
-    `tools` is what calls of tools ask for.
+    `tools` is what calls of tools ask for; it holds what the body asks for besides.
 
     Raises BadRequest for more than one constraint, or for one that cannot be used; Overloaded.
     """
-    found = [*constraints(body), *([] if tools is None else [tools])]
-    if not found:
+    text = text_constraint(body)
+    asked = text if tools is None else tools
+    if asked is None:
         return None
+    if body.ignore_eos:
+        raise BadRequest(
+            f"ignore_eos and {asked.param} exclude each other: text that must match also has to end",
+            param="ignore_eos",
+        )
+    if text is not None and asked is not text:
+        await service.grammars.compile(text)  # alone, so that what is wrong with it is said of it
+    return await service.grammars.compile(asked)
+
+
+def text_constraint(body: GenerationBody) -> Constraint | None:
+    """What the body asks for, tools aside.
+
+    Raises BadRequest for more than one thing, and for a schema in a string that is no JSON object.
+    """
+    found = _constraints(body)
     if len(found) > 1:
         names = " and ".join(constraint.param for constraint in found)
         raise BadRequest(f"{names} exclude each other; send one of them", param=found[1].param)
-    if body.ignore_eos:
-        raise BadRequest(
-            f"ignore_eos and {found[0].param} exclude each other: text that must match also has to end",
-            param="ignore_eos",
-        )
-    return await service.grammars.compile(found[0])
+    return found[0] if found else None
 
 
-def constraints(body: GenerationBody) -> list[Constraint]:
-    """All that the body asks for. Raises BadRequest for a schema in a string that is no JSON object."""
+def _constraints(body: GenerationBody) -> list[Constraint]:
     found: list[Constraint] = []
     asked = body.response_format
     if asked is not None and asked.json_schema is not None:

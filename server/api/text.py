@@ -14,7 +14,7 @@ from server.api.logprobs import token_label
 from server.api.responses import DetokenizeAnswer, TokenizeAnswer, TokenizerInfo
 from server.api.sampling import first_given
 from server.api.text_request import DetokenizeRequest, TokenizeRequest
-from server.api.tools import tool_format
+from server.api.tool_use import tool_format
 from server.errors import BadRequest
 
 router = APIRouter(route_class=JSONRoute)

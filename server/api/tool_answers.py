@@ -1,11 +1,10 @@
-"""Calls in answers as OpenAI has them: whole messages, and deltas of a stream.
+"""Calls in chat answers as OpenAI has them: whole messages, and deltas of a stream.
 
-Not the search for calls in the text (`server.api.tool_parser`).
+Not the search for calls in the text (`server.api.tool_parser`), nor the items of /v1/responses
+(`server.api.response_output`).
 """
 
 from __future__ import annotations
-
-import uuid
 
 from server.api.responses import (
     CallDelta,
@@ -16,18 +15,16 @@ from server.api.responses import (
     FunctionDelta,
     ToolCallAnswer,
 )
-from server.api.tool_parser import CallArguments, CallStart, Content, Event, ToolParser
-from server.api.tools import ToolUse
-
-MISTRAL_ID_CHARS = 9  # its templates refuse ids of another length
+from server.api.tool_parser import CallArguments, CallStart, Content, Event
+from server.api.tool_use import ToolUse
 
 
 class ToolAnswer:
     """One answer of a request with tools."""
 
     def __init__(self, use: ToolUse) -> None:
-        self._parser = ToolParser(use.form, use.names)
-        self._short_ids = use.form.name == "mistral"
+        self._use = use
+        self._parser = use.parser()
         self._num_told = 0  # calls that a stream has heard of
 
     def deltas(self, text: str) -> list[ChatDelta]:
@@ -50,7 +47,7 @@ class ToolAnswer:
         for event in events:
             if isinstance(event, CallStart):
                 function = CalledFunction(name=event.name, arguments="")
-                calls.append(ToolCallAnswer(id=self._new_id(), type="function", function=function))
+                calls.append(ToolCallAnswer(id=self._use.new_call_id(), type="function", function=function))
             elif isinstance(event, CallArguments):
                 calls[-1].function.arguments += event.text
         if not calls:
@@ -67,9 +64,6 @@ class ToolAnswer:
         index = self._num_told - 1
         if isinstance(event, CallStart):
             function = FunctionDelta(name=event.name, arguments="")
-            return ChatDelta(tool_calls=[CallDelta(index=index, id=self._new_id(), type="function", function=function)])
+            call = CallDelta(index=index, id=self._use.new_call_id(), type="function", function=function)
+            return ChatDelta(tool_calls=[call])
         return ChatDelta(tool_calls=[CallDelta(index=index, function=FunctionDelta(arguments=event.text))])
-
-    def _new_id(self) -> str:
-        token = uuid.uuid4().hex
-        return token[:MISTRAL_ID_CHARS] if self._short_ids else f"call_{token[:24]}"

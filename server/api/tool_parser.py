@@ -12,8 +12,6 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from server.api.tool_formats import ToolFormat
-
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*\{')
 _ARGUMENTS = ("arguments", "parameters")
 _BETWEEN = " \t\r\n,;[]"
@@ -43,45 +41,52 @@ class CallArguments:
 Event = Content | CallStart | CallArguments
 
 
-class _Object:
-    """A JSON object as it grows. `depth` is 0 before it and, once `push` has returned True, behind it."""
+class Nesting:
+    """Brackets and strings as they come. `depth` is 0 before them and, once `push` has returned True, behind them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, brackets: tuple[str, str] = ("{[", "}]"), quotes: str = '"') -> None:
         self.depth = 0
-        self._in_string = False
+        self._opening, self._closing = brackets
+        self._quotes = quotes
+        self._quote = ""  # of the string that is being read
         self._escaped = False
 
     def push(self, char: str) -> bool:
-        """Take a character in; True where it closes the object."""
-        if self._in_string:
-            self._in_string = self._escaped or char != '"'
+        """Take a character in; True where it closes the outermost bracket."""
+        if self._quote:
+            self._quote = "" if char == self._quote and not self._escaped else self._quote
             self._escaped = char == "\\" and not self._escaped
-        elif char == '"':
-            self._in_string = True
-        elif char in "{[":
+        elif char in self._quotes:
+            self._quote = char
+        elif char in self._opening:
             self.depth += 1
-        elif char in "}]":
+        elif char in self._closing:
             self.depth -= 1
             return self.depth == 0
         return False
 
 
 class ToolParser:
-    """One answer. `feed` pieces of its text, then `end`. Which characters come together makes no difference."""
+    """One answer. `feed` pieces of its text, then `end`. Which characters come together makes no difference.
 
-    def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
+    `opening` and `closing` are the marks, "" where there are none; `bare` characters begin calls at the start of the
+    text without a mark; `names` are those that may be called. Calls written otherwise than as objects are read by
+    subclasses.
+    """
+
+    def __init__(self, opening: str, closing: str, bare: str, names: Collection[str]) -> None:
         self.num_calls = 0
-        self._opening = form.opening.strip()
-        self._marks = tuple(mark for mark in (self._opening, form.closing.strip()) if mark)
-        self._bare = form.bare
+        self._opening = opening.strip()
+        self._marks = tuple(mark for mark in (self._opening, closing.strip()) if mark)
+        self._bare = bare
         self._names = names
         self._events: list[Event] = []
         self._step = self._start
         self._held = ""  # read, and not yet known what it is
         self._skipped = ""  # marks and punctuation before what is held, content again if no call follows
         self._num_scanned = 0  # characters held that `_object` has seen
-        self._object = _Object()
-        self._value: _Object | None = None  # the arguments, while they are handed on
+        self._object = Nesting()
+        self._value: Nesting | None = None  # the arguments, while they are handed on
 
     def feed(self, text: str) -> list[Event]:
         """The events that became certain."""
@@ -97,6 +102,8 @@ class ToolParser:
             self._say(self._held)
         elif self._value is None and (self._step == self._call or not self.num_calls):
             self._say(self._skipped + self._held)
+        elif self._value is None and not any(mark.startswith(self._held) for mark in self._marks):
+            self._say(self._held)
         events, self._events = self._events, []
         return events
 
@@ -109,7 +116,7 @@ class ToolParser:
         begun = self._held.lstrip()
         if not begun or (len(begun) < len(self._opening) and self._opening.startswith(begun)):
             return False
-        bare = self._bare and begun[0] in "{[" and not (self._opening and begun.startswith(self._opening))
+        bare = begun[0] in self._bare and not (self._opening and begun.startswith(self._opening))
         self._step = self._between if bare else self._text
         return True
 
@@ -136,11 +143,19 @@ class ToolParser:
         if mark is not None or self._held[0] in _BETWEEN:
             size = len(mark or " ")
             self._skipped, self._held = self._skipped + self._held[:size], self._held[size:]
-        elif self._held[0] == "{":
-            self._object, self._num_scanned = _Object(), 0
+            return True
+        begins = self._begins_call()
+        if begins:
             self._step = self._call
-        else:
+        elif begins is not None:
             self._be_text("" if self.num_calls else self._skipped)
+        return begins is not None
+
+    def _begins_call(self) -> bool | None:
+        """Whether what is held begins what may be a call; None where that takes more text."""
+        if self._held[0] != "{":
+            return False
+        self._object, self._num_scanned = Nesting(), 0
         return True
 
     def _call(self) -> bool:
@@ -164,10 +179,13 @@ class ToolParser:
         head = _HEAD.fullmatch(text)
         name = None if head is None else _loads(head[1])
         if isinstance(name, str) and name in self._names:
-            self.num_calls += 1
-            self._events.append(CallStart(name))
-            self._value = _Object()
-            self._pass_on("{")
+            self._begin_arguments(name)
+
+    def _begin_arguments(self, name: str) -> None:
+        self.num_calls += 1
+        self._events.append(CallStart(name))
+        self._value = Nesting()
+        self._pass_on("{")
 
     def _pass_on(self, char: str) -> None:
         assert self._value is not None, "arguments have begun"

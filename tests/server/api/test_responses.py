@@ -177,7 +177,8 @@ def test_a_failure_before_the_first_token_has_its_status_and_a_later_one_an_erro
     [
         ({"input": []}, "input"),
         ({"input": 5}, "input"),
-        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "message", "role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content"),
         ({"input": "\ud800"}, "input[0].content"),
@@ -185,7 +186,6 @@ def test_a_failure_before_the_first_token_has_its_status_and_a_later_one_an_erro
         ({"input": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 200}, "max_output_tokens"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.name"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
@@ -236,7 +236,7 @@ def test_the_official_client(bench: Any, serve: Any) -> None:
             client.responses.retrieve(first.id)
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(model="tiny", input="x", tools=[{"type": "web_search"}])
-        assert caught.value.param == "tools"
+        assert caught.value.param == "tools[0].type" and "web_search" in str(caught.value)
         bench.script.error, bench.script.fail_after = EngineError("the engine broke"), 2
         with pytest.raises(openai.APIError, match="the engine broke"):
             list(client.responses.create(model="tiny", input="x", stream=True))

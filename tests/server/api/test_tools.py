@@ -118,6 +118,27 @@ def test_tool_choice_none_looks_for_no_calls(make_bench: Any) -> None:
     assert "get_weather" not in prompt_text(bench)
 
 
+def test_only_allowed_tools_are_called(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt tells of all, so that its beginning stays the same; the grammar is of those allowed."""
+    asked: list[Any] = []
+
+    async def compile_constraint(body: Any, service: Any, tools: Any = None) -> None:
+        asked.append(tools)
+
+    monkeypatch.setattr("server.api.conversation.compile_constraint", compile_constraint)
+    bench = make_bench(max_model_len=4000)
+    for mode in ("auto", "required"):
+        named = [{"type": "function", "function": {"name": "add"}}]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+        for i, called in ((0, None), (1, "add")):
+            bench.script.text = FORMATS["json"].write(CALLS[i : i + 1])
+            message = bench.chat(tools=[WEATHER, ADD], tool_choice=choice).json()["choices"][0]["message"]
+            assert [call["function"]["name"] for call in message.get("tool_calls", ())] == ([called] if called else [])
+            assert "get_weather" in prompt_text(bench)
+        assert '\\"add\\"' in asked[-1].text and "get_weather" not in asked[-1].text
+        assert ("TEXT" in asked[-1].text) == (mode == "auto")
+
+
 def test_a_template_without_tools_gets_them_in_words(make_bench: Any) -> None:
     bench = make_bench(max_model_len=4000)
     messages = [

@@ -127,7 +127,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
     ({"tools": [TOOL, TOOL]}, "tools", "same name"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "no tool"),
-    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tool_choice", "exclude"),
+    ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs.regex", "exclude"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),
     ({"functions": [{}]}, "functions", "support"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "none"),

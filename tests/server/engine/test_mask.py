@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_model
 
-from server.api.tool_formats import FORMATS, Tool
+from server.api.call_format import Tool
+from server.api.tool_formats import FORMATS
 from server.core import FinishReason, Sequence, mask_bytes
 from server.engine import mask, structured
 from server.engine.notation import Constraint, Kind
@@ -234,7 +235,8 @@ def test_one_request_does_not_use_up_the_states_of_another(monkeypatch: pytest.M
 
 def test_a_control_token_may_mark_calls() -> None:
     control = 0
-    text = FORMATS["mistral"].optional([Tool("f", '"{}"')], parallel=False, mark_id=control)
+    tool = Tool("f", {"type": "object", "additionalProperties": False})
+    text = FORMATS["mistral"].optional([tool], parallel=False, controls={"[TOOL_CALLS]": control})
     matcher = make("grammar", text).start()
     [first] = masks_of(matcher, [], [])
     assert first is not None and {control, *ids("a[")} <= first and not {*ids("{"), VOCABULARY.EOS} & first
