@@ -13,14 +13,15 @@ from server.api.chat_request import ChatCompletionRequest, ChatMessage
 from server.api.completion_request import CompletionRequest
 from server.api.embeddings import EmbeddingRequest
 from server.api.protocol import StreamOptions
-from server.api.response_request import InputMessage, ResponseRequest
+from server.api.response_items import FunctionCallInput, FunctionCallOutput, InputMessage
+from server.api.response_request import ResponseRequest
 from server.api.text_request import DetokenizeRequest, TokenizeRequest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "api.md").read_text("utf-8")
 BODIES: list[type[BaseModel]] = [
     CompletionRequest, ChatCompletionRequest, ChatMessage, EmbeddingRequest, StreamOptions, TokenizeRequest,
-    DetokenizeRequest, ResponseRequest, InputMessage,
+    DetokenizeRequest, ResponseRequest, InputMessage, FunctionCallInput, FunctionCallOutput,
 ]  # fmt: skip
 
 
