@@ -21,10 +21,10 @@ serve: export SPQ_MODEL ?= demo/storyteller
 serve:
 	@exec $(RUN) -m server $(ARGS)
 
-test: $(VENV)/.dev ## Run the whole test suite
+test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Run the whole test suite
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 
-check: $(VENV)/.dev ## Lint, check the format and the types, and run the tests that need no GPU
+check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Lint, check the format and the types, and run the tests that need no GPU
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
@@ -52,6 +52,19 @@ $(VENV)/.runtime: requirements.txt pyproject.toml $(wildcard kernels/native/*.[c
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(PIP) install -r requirements-dev.txt
+$(VENV)/.dev: requirements-dev.txt requirements-eval.txt $(VENV)/.runtime
+	$(PIP) install -r requirements-dev.txt -r requirements-eval.txt
 	@touch $@
+
+# Clients that tests talk to a server with: LiteLLM wants other versions than ours, so it gets an environment of its own.
+$(VENV)/.clients: requirements-clients.txt $(VENV)/.created
+	$(RUN) -m venv --without-pip $(VENV)/clients
+	$(PIP) --python $(VENV)/clients/bin/python install --no-deps --no-compile -r requirements-clients.txt
+	@touch $@
+
+# Without npm, or where it reaches no registry, the tests of the Node client skip by name.
+NODE := tests/server/clients/node
+$(VENV)/.node: $(NODE)/package.json $(NODE)/package-lock.json $(VENV)/.created
+	@mkdir -p $(VENV)/node && cp $(NODE)/package.json $(NODE)/package-lock.json $(VENV)/node
+	@if command -v npm >/dev/null; then npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund && touch $@ || \
+		echo "npm could not install the Node client; its tests skip" >&2; fi
