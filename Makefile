@@ -9,7 +9,7 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 ARGS ?=
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench clean
+.PHONY: help serve test check coverage bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -30,12 +30,18 @@ check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Lint, check the format and
 	$(RUN) -m mypy
 	@HF_HUB_OFFLINE=1 $(PYTEST) -m "not gpu and not program" $(ARGS)
 
+coverage: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Which lines of server/ its tests run; one process, half an hour
+	@$(RUN) -m coverage erase
+	@HF_HUB_OFFLINE=1 $(RUN) -m coverage run -m pytest tests/server $(ARGS)
+	@$(RUN) -m coverage combine --quiet
+	@$(RUN) -m coverage report
+
 bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)
 
 clean: ## Remove .venv and caches (compressed models in the cache folder stay)
 	rm -f kernels/native/*.so
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find kernels spq server loadtest benchmarks demo tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps below are touched last, so an install that was cut short is done again.

@@ -59,7 +59,7 @@ def resolve_max_tokens(
     if needed > room:
         raise BadRequest(
             f"{TOO_LONG} {limit} tokens, and the prompt's {num_prompt_tokens} and {param} {needed} are "
-            f"{num_prompt_tokens + needed}; ask for {room} or fewer, or shorten the prompt",
+            f"{num_prompt_tokens + needed} together; ask for {room} or fewer, or shorten the prompt",
             param=param,
             code="context_length_exceeded",
         )
