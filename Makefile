@@ -9,7 +9,7 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 ARGS ?=
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench clean
+.PHONY: help serve test check coverage bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -21,21 +21,27 @@ serve: export SPQ_MODEL ?= demo/storyteller
 serve:
 	@exec $(RUN) -m server $(ARGS)
 
-test: $(VENV)/.dev ## Run the whole test suite
+test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Run the whole test suite
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 
-check: $(VENV)/.dev ## Lint, check the format and the types, and run the tests that need no GPU
+check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Lint, check the format and the types, and run the tests that need no GPU
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	@HF_HUB_OFFLINE=1 $(PYTEST) -m "not gpu and not program" $(ARGS)
+
+coverage: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Which lines of server/ its tests run; one process, half an hour
+	@$(RUN) -m coverage erase
+	@HF_HUB_OFFLINE=1 $(RUN) -m coverage run -m pytest tests/server $(ARGS)
+	@$(RUN) -m coverage combine --quiet
+	@$(RUN) -m coverage report
 
 bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)
 
 clean: ## Remove .venv and caches (compressed models in the cache folder stay)
 	rm -f kernels/native/*.so
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find kernels spq server loadtest benchmarks demo tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps below are touched last, so an install that was cut short is done again.
@@ -52,6 +58,19 @@ $(VENV)/.runtime: requirements.txt pyproject.toml $(wildcard kernels/native/*.[c
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(PIP) install -r requirements-dev.txt
+$(VENV)/.dev: requirements-dev.txt requirements-eval.txt $(VENV)/.runtime
+	$(PIP) install -r requirements-dev.txt -r requirements-eval.txt
 	@touch $@
+
+# Clients that tests talk to a server with: LiteLLM wants other versions than ours, so it gets an environment of its own.
+$(VENV)/.clients: requirements-clients.txt $(VENV)/.created
+	$(RUN) -m venv --without-pip $(VENV)/clients
+	$(PIP) --python $(VENV)/clients/bin/python install --no-deps --no-compile -r requirements-clients.txt
+	@touch $@
+
+# Without npm, or where it reaches no registry, the tests of the Node client skip by name.
+NODE := tests/server/clients/node
+$(VENV)/.node: $(NODE)/package.json $(NODE)/package-lock.json $(VENV)/.created
+	@mkdir -p $(VENV)/node && cp $(NODE)/package.json $(NODE)/package-lock.json $(VENV)/node
+	@if command -v npm >/dev/null; then npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund && touch $@ || \
+		echo "npm could not install the Node client; its tests skip" >&2; fi

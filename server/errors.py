@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# OpenAI's words, not only its code: LiteLLM and others know the case by them
+TOO_LONG = "this model's maximum context length is"
+
 
 class ServeError(Exception):
     """Base: HTTP status, OpenAI `type`, machine-readable `code`, the parameter at fault, extra headers."""

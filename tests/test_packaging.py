@@ -157,6 +157,28 @@ def test_pins_of_the_extras_agree_and_change_nothing_else() -> None:
     assert {name: pin for name, pin in EXTRAS.items() if DEV.get(name, pin) != pin} == {}
 
 
+def test_the_clients_have_all_they_need_and_nothing_else() -> None:
+    """In an environment of its own, as LiteLLM wants other versions than this project."""
+    clients = read_pins("requirements-clients.txt")
+    python = Path(sys.prefix) / "clients" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("the clients' environment is missing: make test makes it")
+    code = """
+import json
+from importlib.metadata import distributions
+print(json.dumps([[d.name, d.version, d.requires or []] for d in distributions()]))
+"""
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    found = {canonicalize_name(name): (version, needs) for name, version, needs in json.loads(done.stdout)}
+    found = {name: facts for name, facts in found.items() if name not in ("pip", "setuptools")}
+    assert {name: version for name, (version, _) in found.items()} == clients
+    for name, (_, needs) in found.items():
+        for need in map(Requirement, needs):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                pin = clients.get(canonicalize_name(need.name))
+                assert pin and need.specifier.contains(pin, prereleases=True), f"{name} needs {need}, pinned is {pin}"
+
+
 def test_runtime_pins_leave_torch_its_own_choice_of_build() -> None:
     assert "+" not in RUNTIME["torch"]
     assert [name for name in RUNTIME if PINNED_BY_TORCH.match(name)] == []

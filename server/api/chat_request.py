@@ -13,14 +13,21 @@ from server.api.tools import MAX_TOOLS, ToolCall, ToolChoice, Tools
 
 
 class ChatMessage(Strict):
-    """One turn. Parts of other types than text are not served."""
+    """One turn. Parts of other types than text are not served.
+
+    A client may send back the message it was given with what it made of it: the openai clients' `parsed` says what
+    `content` says, LiteLLM keeps fields it does not know in `provider_specific_fields`.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Text | None = None
     refusal: Absent = None
     audio: Absent = None
+    annotations: NoneListed = None
     function_call: Absent = None
+    parsed: Any = None
+    provider_specific_fields: Annotated[Any, not_served({}, {"refusal": None})] = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Text | None = None
 

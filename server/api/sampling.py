@@ -15,7 +15,7 @@ from server.api.fields import INT64
 from server.api.protocol import GenerationBody
 from server.core import SamplingParams
 from server.engine.engine import ModelInfo
-from server.errors import BadRequest
+from server.errors import TOO_LONG, BadRequest
 from server.tokenizer import SamplingDefaults
 
 T = TypeVar("T")
@@ -51,15 +51,15 @@ def resolve_max_tokens(
     needed = 1 if asked is None else asked
     if room < min(needed, 1):
         raise BadRequest(
-            f"the prompt has {num_prompt_tokens} tokens, this server's limit is {limit} tokens for prompt and answer; "
+            f"{TOO_LONG} {limit} tokens for prompt and answer, and the prompt has {num_prompt_tokens}; "
             "shorten the prompt",
             param=prompt_param,
             code="context_length_exceeded",
         )
     if needed > room:
         raise BadRequest(
-            f"the prompt's {num_prompt_tokens} tokens and {param} {needed} are {num_prompt_tokens + needed}, more than "
-            f"this server's limit of {limit} tokens; ask for {room} or fewer, or shorten the prompt",
+            f"{TOO_LONG} {limit} tokens, and the prompt's {num_prompt_tokens} and {param} {needed} are "
+            f"{num_prompt_tokens + needed} together; ask for {room} or fewer, or shorten the prompt",
             param=param,
             code="context_length_exceeded",
         )

@@ -53,14 +53,16 @@ class CalledFunction(_Strict):
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     arguments: Text  # a JSON object
+    parsed_arguments: Any = None  # the openai clients' reading of `arguments`, sent back with it
 
 
 class ToolCall(_Strict):
-    """A call in the history."""
+    """A call in the history; `index` is its place in the stream that it came from."""
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"]
     function: CalledFunction
+    index: Annotated[int, Field(ge=0)] | None = None
 
 
 class AllowedFunctions(_Strict):

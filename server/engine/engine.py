@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from server.core import FinishReason, SamplingParams, Sequence, StepOutput, Timings
 from server.engine.loop import EngineLoop
-from server.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
+from server.errors import TOO_LONG, BadRequest, DeadlineExceeded, EngineError, Overloaded
 
 TERMINAL_ERRORS = (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.GRAMMAR)
 
@@ -250,8 +250,8 @@ class Engine:
         total = min(prompt + request.params.max_tokens, self.info.max_model_len)
         if prompt > self.info.max_model_len or self._loop.scheduler.never_fits(total):
             raise BadRequest(
-                f"the prompt has {prompt} tokens and may grow by {request.params.max_tokens}; this server's limit is "
-                f"{self.info.max_model_len} tokens in all",
+                f"{TOO_LONG} {self.info.max_model_len} tokens in all; the prompt has {prompt} and may grow by "
+                f"{request.params.max_tokens}",
                 code="context_length_exceeded",
             )
 

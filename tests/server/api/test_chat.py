@@ -170,3 +170,22 @@ def test_template_refusal_is_a_bad_request(bench: Any) -> None:
 def test_neutral_values_are_accepted(bench: Any, extra: dict[str, Any]) -> None:
     response = bench.chat(**extra)
     assert response.status_code == 200, response.text
+
+
+def test_an_answer_may_come_back_as_clients_keep_it(bench: Any) -> None:
+    """With what the openai clients and LiteLLM add to it, which does not change the prompt."""
+    function = {"name": "f", "arguments": "{}"}
+
+    def ask(message: dict[str, Any], more: dict[str, Any]) -> Any:
+        call = {"id": "c", "type": "function", "function": {**function, **more}, **({"index": 0} if more else {})}
+        result = {"role": "tool", "tool_call_id": "c", "content": "done"}
+        return bench.chat(messages=[{"role": "user", "content": "x"}, {**message, "tool_calls": [call]}, result])
+
+    message = {"role": "assistant", "content": "y"}
+    kept = {"refusal": None, "annotations": [], "parsed": {"a": [1]}, "provider_specific_fields": {"refusal": None}}
+    plain, full = ask(message, {}), ask({**message, **kept}, {"parsed_arguments": {"b": 2}})
+    assert (plain.status_code, full.status_code) == (200, 200), full.text
+    assert plain.json()["usage"] == full.json()["usage"]
+    for name, value in (("annotations", [{"type": "url_citation"}]), ("provider_specific_fields", {"thinking": "z"})):
+        refused = ask({**message, name: value}, {})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"messages[1].{name}")

@@ -201,7 +201,7 @@ def test_a_refusal_is_shown_with_its_message_and_setting(chat: Any) -> None:
     page = chat().page
     settle(page, max_tokens="5000")
     say(page, PROMPT)
-    expect(page.locator("#problem")).to_contain_text("this server's limit of 1024 tokens")
+    expect(page.locator("#problem")).to_contain_text("maximum context length is 1024 tokens")
     page.get_by_role("button", name="Open the setting").click()
     field = page.locator("#set-max_tokens")
     expect(field).to_be_focused()
