@@ -27,8 +27,8 @@ COUNTS = {  # of config.json, with the most that each may be
 }  # fmt: skip
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 KINDS: dict[str, type | tuple[type, ...]] = {
-    "architectures": list, "model_type": str, "rms_norm_eps": float, "rope_parameters": dict, "rope_scaling": dict,
-    "rope_theta": (int, float), "layer_types": list,
+    "architectures": list, "model_type": str, "rms_norm_eps": (int, float), "rope_parameters": dict,
+    "rope_scaling": dict, "rope_theta": (int, float), "layer_types": list,
 }  # fmt: skip
 MAX_SHOWN_CHARS = 80
 MAX_MESSAGE_CHARS = 500

@@ -5,7 +5,8 @@ is refused before anything is loaded; a tensor is read by `readinto` rather than
 private tensor, nothing stays resident, and the resident memory reported for a run is what the run needs.
 
 Files that `spq.writer` made carry a CRC-32 of each tensor in `__metadata__`, checked where a whole tensor is read:
-0.5 s a GB (zlib, one core of a Zen 3). It finds damage by disks and copies; who writes other weights can sum them too.
+0.5 to 0.8 s a GB (zlib, one shared core of a Zen 3). It finds damage by disks and copies; who writes other weights can
+sum them too.
 """
 
 from __future__ import annotations
