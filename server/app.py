@@ -5,11 +5,13 @@ All state is the service's, on `app.state`; nothing is global, so several apps c
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api import admin, admin_actions, chat, completions, docs, embeddings, load, responses_api, text
@@ -25,31 +27,48 @@ from server.page import router as page
 
 if TYPE_CHECKING:
     from server.service import Service
+    from server.traces import Traces
 
 CORS_ASKED = ("Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout", "X-Include-Timings")
-CORS_TOLD = ("X-Request-Id", "Retry-After")
+RATES = ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
+CORS_TOLD = ("X-Request-Id", "Retry-After", *(f"x-ratelimit-{name}" for name in RATES))
+# FastAPI 0.165 can send traces, metrics and messages of exceptions by itself, where FASTAPI_OTEL_AUTO_CONFIGURE is set;
+# those messages could hold what a client wrote.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def create_app(service: Service) -> FastAPI:
     """An ASGI app. Its lifespan starts the service and drains it at the end.
 
-    Raises KeyFileError and OSError where the API keys cannot be read.
+    Raises KeyFileError and OSError where the API keys cannot be read, ValueError where traces cannot be sent.
     """
     config = service.config
     keys = read_keys(config)
     admin_key = read_admin_key(config, keys)
+    traces = None if config.otlp_endpoint is None else _make_traces(config.otlp_endpoint, service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        if traces is not None:
+            traces.start()
         try:
             yield
         finally:
             await service.drain()
             service.close()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
     # FastAPI's own page would load scripts from elsewhere; ours is in server.api.docs.
-    app = FastAPI(title="spq-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="spq-serve",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
+    )
     app.state.service = service
     app.state.responses = ResponseStore(service.config.response_store_bytes)
     service.metrics.bind(
@@ -75,5 +94,17 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=CORS_ASKED,
             expose_headers=CORS_TOLD,
         )
-    app.add_middleware(RequestContext, metrics=service.metrics, on_end=(AccessLog(config.access_log),))
+    sinks = (AccessLog(config.access_log),) if traces is None else (AccessLog(config.access_log), traces)
+    app.add_middleware(RequestContext, metrics=service.metrics, on_end=sinks)
     return app
+
+
+def _make_traces(endpoint: str, service: Service) -> Traces:
+    """Raises ValueError with the remedy where the extra is missing, and for OTEL_* variables that mean nothing."""
+    try:
+        from server.traces import Traces
+    except ImportError as error:
+        raise ValueError(
+            f"--otlp-endpoint: packages are missing ({error}); install the extra: pip install 'spq-serve[otel]'"
+        ) from error
+    return Traces(endpoint, service.status)

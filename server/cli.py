@@ -184,6 +184,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             _switch,
         ),
         Option("access-log", "a line for each request; json: an object, on stdout", choices=("text", "json", "off")),
+        Option(
+            "otlp-endpoint",
+            "OpenTelemetry collector that gets a trace of each request, OTLP over HTTP, e.g. http://127.0.0.1:4318 "
+            "(default: none); needs the extra otel",
+        ),
         Option("log-level", "how much to log", choices=("debug", "info", "warning", "error")),
     ),
 }

@@ -70,6 +70,7 @@ class ServerConfig(BaseModel):
     response_store_bytes: int = Field(64 * 1024 * 1024, ge=0)  # of answers of /v1/responses; 0 = nothing is kept
     trust_request_chat_template: bool = False
     access_log: Literal["text", "json", "off"] = "text"
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+(/\S*)?$")  # of an OpenTelemetry collector
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

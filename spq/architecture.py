@@ -12,12 +12,26 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from spq.errors import ModelFileError, UnsupportedModelError
+from spq.errors import ModelFileError, SpqError, UnsupportedModelError
+from spq.jsonfile import read_json_object
 from spq.llama_config import LlamaConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+LARGE = 1 << 31
+COUNTS = {  # of config.json, with the most that each may be
+    "vocab_size": LARGE, "hidden_size": LARGE, "intermediate_size": LARGE, "num_hidden_layers": 1000,
+    "num_attention_heads": LARGE, "num_key_value_heads": LARGE, "head_dim": LARGE,
+    "max_position_embeddings": LARGE, "sliding_window": LARGE,
+}  # fmt: skip
+OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "architectures": list, "model_type": str, "rms_norm_eps": (int, float), "rope_parameters": dict,
+    "rope_scaling": dict, "rope_theta": (int, float), "layer_types": list,
+}  # fmt: skip
+MAX_SHOWN_CHARS = 80
+MAX_MESSAGE_CHARS = 500
 KV_SCALE_BYTES = 4  # float32 scale per token and head of an int8 cache
 
 
@@ -67,13 +81,36 @@ class ModelSpec:
 
 def read_spec(folder: Path) -> ModelSpec:
     """The spec of a model folder. Raises ModelFileError or UnsupportedModelError, naming what is wrong."""
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise ModelFileError(f"{folder}: no config.json; a model is a folder in Hugging Face format")
+    _check_fields(path, read_json_object(path))
     try:
-        config = _read_config(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{folder / 'config.json'}: {error}") from error
-    return spec_of(config)
+        return spec_of(_read_config(folder))
+    except SpqError:
+        raise
+    except Exception as error:  # transformers' own code on a file that may be hostile: it raises whatever it meets
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE_CHARS]
+        raise ModelFileError(f"{path}: not a configuration that can be read ({message})") from error
+
+
+def _check_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Refuse what would make transformers or us count to numbers that no model has. Raises ModelFileError."""
+    for name, most in COUNTS.items():
+        value = fields.get(name, 1)
+        if (type(value) is not int or not 1 <= value <= most) and not (value is None and name in OPTIONAL):
+            raise ModelFileError(f"{path}: {name} is {_shown(value)}, it should be a number from 1 to {most}")
+    for name, kinds in KINDS.items():
+        value = fields.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise ModelFileError(f"{path}: {name} is {_shown(value)}, which it cannot be")
+    ends = fields.get("eos_token_id")
+    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ModelFileError(f"{path}: eos_token_id is {_shown(ends)}, it should be a token's number or several")
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:MAX_SHOWN_CHARS]
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

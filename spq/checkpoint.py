@@ -6,7 +6,6 @@ headers before the first weight is read, so that a damaged folder is refused by 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight
 from spq.architecture import ModelSpec, read_spec
 from spq.entropy import CodedTensor, decode, row_blocks
 from spq.errors import ModelFileError, PackedFormatError, UnsupportedModelError
+from spq.jsonfile import read_json_object
 from spq.layout import EMBEDDING, expected_source, model_linears, model_vectors, module_has_bias
 from spq.manifest import ANY, QUANT_METHOD, Manifest, ModulePlan, TensorShapes
 from spq.tensorfile import TensorInfo, locate_tensors, read_tensor
@@ -157,14 +157,7 @@ def open_model(folder: Path) -> Checkpoint:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as written. Raises ModelFileError."""
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelFileError(f"{path}: not a JSON object")
-    return data
+    return read_json_object(folder / "config.json")
 
 
 def _check_plain(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> None:

@@ -82,9 +82,9 @@ def encode(tensor: Tensor, threads: int = 1) -> CodedTensor:
 
 def decode(coded: CodedTensor, shape: Sequence[int], dtype: torch.dtype, name: str, threads: int = 1) -> Tensor:
     """The tensor of one-byte integers again. Raises PackedFormatError naming tensor and block."""
+    offsets = check_table(coded, prod(shape), name)
     out = torch.empty(tuple(shape), dtype=dtype)
     target = out.view(torch.uint8).flatten()
-    offsets = check_table(coded, target.numel(), name)
     _in_parallel(
         lambda first, last: decode_blocks(coded, offsets, target, name, first, last), len(offsets) - 1, threads
     )

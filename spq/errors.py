@@ -2,7 +2,11 @@
 
 
 class SpqError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; one line, whatever the names in a hostile file are."""
+
+    def __init__(self, message: str) -> None:
+        """What a terminal would act on, line breaks too, is escaped."""
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class UnsupportedModelError(SpqError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from spq.config import SPQConfig
 from spq.entropy import num_blocks, row_blocks
@@ -132,7 +132,7 @@ class Manifest(BaseModel):
     format_version: Literal[1, 2] = 2
     options: SPQConfig
     modules: dict[str, ModulePlan]
-    mlp_widths: tuple[int, ...]  # kept neurons of each layer
+    mlp_widths: tuple[PositiveInt, ...]  # kept neurons of each layer
 
     @classmethod
     def parse(cls, data: dict[str, Any], path: Path) -> Manifest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spq.errors import OutputError
-from spq.tensorfile import DTYPES, INDEX_NAME, SINGLE_NAME
+from spq.tensorfile import CHECKSUMS, DTYPES, INDEX_NAME, SINGLE_NAME
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -29,7 +30,7 @@ class TensorWriter:
         self._limit = max_shard_bytes
         self._spool_path = folder / "spool.part"
         self._spool: BinaryIO | None = None
-        self._pending: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []  # name, dtype, shape, start, size
+        self._pending: list[tuple[str, torch.dtype, tuple[int, ...], int, int, int]] = []  # ..., start, size, crc32
         self._pending_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
         self.tensor_bytes = 0
@@ -42,10 +43,12 @@ class TensorWriter:
         try:
             if self._spool is None:
                 self._spool = self._spool_path.open("w+b")
-            self._spool.write(flat.view(torch.uint8).numpy().data)
+            data = flat.view(torch.uint8).numpy().data
+            self._spool.write(data)
         except OSError as error:
             raise OutputError(f"{self._folder}: {name} cannot be written ({error}); free some disk space") from error
-        self._pending.append((name, tensor.dtype, tuple(tensor.shape), self._pending_bytes, flat.nbytes))
+        shape = tuple(tensor.shape)
+        self._pending.append((name, tensor.dtype, shape, self._pending_bytes, flat.nbytes, zlib.crc32(data)))
         self._pending_bytes += flat.nbytes
         self.tensor_bytes += flat.nbytes
 
@@ -77,9 +80,10 @@ class TensorWriter:
         if self._spool is None:
             return
         ordered = sorted(self._pending, key=lambda entry: -entry[1].itemsize)  # stable: wide dtypes first
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        sums = " ".join(f"{entry[-1]:08x}" for entry in ordered)
+        header: dict[str, object] = {"__metadata__": {"format": "pt", CHECKSUMS: sums}}
         offset = 0
-        for name, dtype, shape, _, size in ordered:
+        for name, dtype, shape, _, size, _ in ordered:
             header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
             offset += size
         raw = json.dumps(header, separators=(",", ":")).encode()
@@ -88,7 +92,7 @@ class TensorWriter:
         try:
             with path.open("wb") as file:
                 file.write(len(raw).to_bytes(8, "little") + raw)
-                for _, _, _, start, size in ordered:
+                for _, _, _, start, size, _ in ordered:
                     self._spool.seek(start)
                     _copy(self._spool, file, size)
         except OSError as error:

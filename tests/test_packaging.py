@@ -52,6 +52,7 @@ EXTRAS = read_pins("requirements-eval.txt")
 DIRECT = declared(PROJECT["project"]["dependencies"])
 DIRECT_DEV = declared(PROJECT["project"]["optional-dependencies"]["dev"])
 RECOVERY = declared(PROJECT["project"]["optional-dependencies"]["recovery"])
+OTEL = declared(PROJECT["project"]["optional-dependencies"]["otel"])
 
 
 def run_python(code: str) -> str:
@@ -144,7 +145,7 @@ def test_pins_agree_with_pyproject() -> None:
     assert {name: RUNTIME.get(name) for name in DIRECT} == DIRECT
     both = RUNTIME | DEV
     assert {name: both.get(name) for name in DIRECT_DEV} == DIRECT_DEV
-    assert {name: DIRECT_DEV.get(name) for name in RECOVERY} == RECOVERY
+    assert {name: DIRECT_DEV.get(name) for name in RECOVERY | OTEL} == RECOVERY | OTEL
     assert not set(RUNTIME) & set(DEV), "pinned in both files"
 
 
@@ -203,7 +204,11 @@ def test_what_a_pinned_package_needs_is_pinned(name: str) -> None:
 
 
 def test_every_import_is_declared() -> None:
-    provided = {"pydantic_core": "pydantic", "prometheus_client": "prometheus-client"}  # pydantic pins its core exactly
+    provided = {
+        "pydantic_core": "pydantic",  # which pins its core exactly
+        "prometheus_client": "prometheus-client",
+        "opentelemetry": "opentelemetry-sdk",  # which brings the API and pins it exactly
+    }
     optional = {"triton"}  # comes with torch's CUDA build; the code says so where it is missing
     extras = {"spq.tasks": {"lm-eval", "datasets"}, "spq.pareto_plot": {"matplotlib"}}  # lm-eval brings datasets
     missing = []
@@ -211,6 +216,8 @@ def test_every_import_is_declared() -> None:
         names = DIRECT if module.path.startswith(PACKAGES) else DIRECT | DIRECT_DEV
         if module.path == "spq/recover.py":
             names = DIRECT | RECOVERY
+        if module.name in ("server.traces", "server.spans"):
+            names = DIRECT | OTEL
         if module.name.endswith(".bench"):  # a program for developers
             names = DIRECT | DIRECT_DEV
         for _, target in imports(module):

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from server.api.answer import Answer, Delta, Plan
-from server.api.record import Phases, current_record
+from server.api.record import Asked, Phases, current_record
 from server.api.sampling import with_sibling_seed
 from server.core import StepOutput
 from server.engine.engine import Engine, Generation, GenerationRequest
@@ -87,6 +87,10 @@ class _Meter:
         self._metrics = metrics
         self._counts = counts
         self._record = current_record()
+        params = plan.prompts[0].params
+        self._record.asked = Asked(
+            plan.response_id, plan.n, len(answers), params.max_tokens, params.temperature, params.top_p
+        )
         self._seen: set[int] = set()  # prompts whose first output came, by index
 
     def feed(self, answer: Answer, outputs: list[StepOutput]) -> list[Delta]:

@@ -49,6 +49,7 @@ class RequestContext:
         method, path = scope["method"], scope["path"]
         record = RequestRecord(request_id, method, path)
         record.wants_timings = headers.get("x-include-timings", "").lower() in YES
+        record.traceparent, record.tracestate = headers.get("traceparent"), headers.get("tracestate")
         begin_record(record)
         # A copy: the web server reads the original to know that a HEAD answer has no body.
         scope = {**scope, "method": "GET" if method == "HEAD" else method}
@@ -71,9 +72,9 @@ class RequestContext:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             record.ended_s = time.monotonic()
-            handler = getattr(scope.get("route"), "path", "unmatched")
+            record.route = getattr(scope.get("route"), "path", record.route)
             known = method if method in KNOWN_METHODS else "other"
-            self.metrics.http(handler, known, record.status, record.ended_s - record.started_s)
+            self.metrics.http(record.route, known, record.status, record.ended_s - record.started_s)
             for tell in self.on_end:
                 tell(record)
 

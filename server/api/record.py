@@ -41,6 +41,18 @@ class Phases:
         return max(0.0, self.last_token_s - self.first_token_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request for answers asked for; numbers are those of its first prompt."""
+
+    response_id: str
+    n: int  # answers to each prompt
+    num_sequences: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+
+
 def _charge_nobody(_: int) -> None:
     """No limit on tokens."""
 
@@ -54,8 +66,12 @@ class RequestRecord:
     path: str = ""
     started_s: float = field(default_factory=time.monotonic)
     wants_timings: bool = False  # in `usage`
+    traceparent: str | None = None  # W3C Trace Context of the client, as it came
+    tracestate: str | None = None
+    route: str = "unmatched"  # the handler's path, with the names of its parameters
     key: str | None = None
     model: str | None = None
+    asked: Asked | None = None  # where answers are generated
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

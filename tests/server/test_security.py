@@ -138,6 +138,19 @@ def test_pages_of_another_origin_may_not_call() -> None:
     assert "access-control-allow-origin" not in response.headers
 
 
+def test_pages_may_read_what_is_left_of_their_limits() -> None:
+    config = ServerConfig(
+        model="m", api_keys=("a",), cors_origins=(ORIGIN,), requests_per_minute=9, tokens_per_minute=99
+    )
+    client = TestClient(create_app(Service(config)))
+    headers = {"Origin": ORIGIN, "Authorization": "Bearer a"}
+    answer = client.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    sent = [name for name in answer.headers if name.startswith("x-ratelimit-")]
+    told = answer.headers["access-control-expose-headers"].lower().split(", ")
+    assert len(sent) == 4 and set(sent) <= set(told)
+    assert {"x-request-id", "retry-after"} <= set(told)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")

@@ -98,7 +98,7 @@ UP = "model.layers.1.mlp.up_proj"
         ),
         (cut, ModelFileError, r"model.safetensors: cut short: \d+ bytes, its header says \d+"),
         (cut_header, ModelFileError, "shorter than its header says"),
-        (garbage, ModelFileError, "model.safetensors: not a readable safetensors file"),
+        (garbage, ModelFileError, "model.safetensors: not readable as JSON"),
         (lambda f: (f / "model.safetensors").unlink(), ModelFileError, "neither model.safetensors nor"),
         (lambda f: (f / "config.json").write_text("{"), ModelFileError, "config.json"),
     ],
@@ -146,16 +146,17 @@ def test_index_must_match_the_shards(make_model: Callable[..., Path]) -> None:
     shard = index["weight_map"]["model.norm.weight"]
     other = next(name for name in index["weight_map"].values() if name != shard)
     for value, message in (
-        ("missing.safetensors", "names shard missing.safetensors, which is missing"),
+        ("missing.safetensors", "names shard 'missing.safetensors', which is missing"),
         ("../model.safetensors", "which is not a file name"),
-        (other, f"model.norm.weight should be in {other}, which does not hold it"),
+        (other, f"'model.norm.weight' should be in '{other}', which does not hold it"),
     ):
         path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.norm.weight": value}}))
         with pytest.raises(ModelFileError, match=message):
             open_model(folder)
-    path.write_text("[]")
-    with pytest.raises(ModelFileError, match="not a readable index"):
-        open_model(folder)
+    for text, message in (("[]", "not a JSON object"), ('{"weight_map": []}', "not a readable index")):
+        path.write_text(text)
+        with pytest.raises(ModelFileError, match=message):
+            open_model(folder)
 
 
 def test_plain_folder_is_checked(make_model: Callable[..., Path]) -> None:

@@ -106,4 +106,7 @@ def test_what_transformers_refuses_is_refused(tmp_path: Path, name: str) -> None
     with pytest.raises(Exception) as ours:
         read_spec(folder)
     cause = ours.value.__cause__ if isinstance(ours.value, ModelFileError) else ours.value
+    if cause is None:  # refused before transformers was asked: a size that is no number
+        assert " is " in str(ours.value) and "it should be a number" in str(ours.value)
+        return
     assert type(cause) is type(theirs.value) and str(cause) == str(theirs.value)
