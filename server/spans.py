@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.api.record import Phases, RequestRecord
-from server.service import Status as ServiceStatus
+from server.progress import Status as ServiceStatus
 
 Attributes = dict[str, str | int | float | list[str]]
 

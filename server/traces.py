@@ -26,7 +26,7 @@ from requests import RequestException, Response, Session
 from server.api.access_log import PROBES
 from server.api.docs import package_version
 from server.api.record import RequestRecord
-from server.service import Status
+from server.progress import STARTING, Status
 from server.spans import make_request_spans, make_start_up_spans
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ EVERY_S = 1.0  # between messages
 CLOSE_S = 1.5  # what is left gets this long when the server ends
 SILENCE_S = 600.0  # between two lines about a collector that does not take traces
 MAX_REASON_CHARS = 200
-STARTING = ("starting", "downloading", "compressing", "loading", "warming_up")
 
 
 class Traces:

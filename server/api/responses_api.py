@@ -44,7 +44,7 @@ from server.api.sampling import first_given
 from server.api.sse import EventStream, until_disconnect
 from server.api.tool_use import ToolUse
 from server.engine.engine import Engine
-from server.errors import BadRequest
+from server.errors import BadRequest, ServeError
 from server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ async def create_response(body: ResponseRequest, request: Request, service: Serv
     plan = replace(plan, response_id=plan.response_id.replace("-", "_", 1))
     call = _Call(body, [*earlier, *body.messages], plan, use, service, engine, tokenizer, store)
     if body.stream:
-        return EventStream(call.stream())
+        return EventStream(call.stream(), call.error_event)
     return json_answer(await until_disconnect(request.receive, call.collect()))
 
 
@@ -138,6 +138,7 @@ class _Call:
         self._counts = TokenCounts()
         self._deltas = generate(plan, engine, tokenizer, service.metrics, self._counts)
         self._created = int(time.time())
+        self._num_events = 0  # written
         self._output = ResponseOutput(use, self._logprobs)
         self._keeps = first_given(body.store, default=True) and store.max_bytes > 0
 
@@ -155,17 +156,7 @@ class _Call:
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """OpenAI's events, numbered; no [DONE], as there."""
-        number = 0
-
-        def written(*events: Event) -> bytes:
-            nonlocal number
-            data = b""
-            for kind, fields in events:
-                payload = to_json({"type": kind, "sequence_number": number, **fields})
-                data += f"event: {kind}\n".encode() + b"data: " + payload + b"\n\n"
-                number += 1
-            return data
-
+        written = self._written
         last, started = Delta(0), False
         async with aclosing(self._deltas) as deltas:
             async for batch in deltas:
@@ -193,6 +184,21 @@ class _Call:
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> list[ChatTokenLogprob]:
         return chat_logprobs(entries, self._tokenizer).content if self._body.include else []
+
+    def error_event(self, error: ServeError) -> bytes:
+        """OpenAI's, with the error as other streams have it: its client raises that, and shows the other."""
+        current_record().error = error.code
+        body = error.to_openai()
+        fields = {name: body["error"][name] for name in ("code", "message", "param")}
+        return self._written(("error", {**fields, **body}))
+
+    def _written(self, *events: Event) -> bytes:
+        data = b""
+        for kind, fields in events:
+            payload = to_json({"type": kind, "sequence_number": self._num_events, **fields})
+            data += f"event: {kind}\n".encode() + b"data: " + payload + b"\n\n"
+            self._num_events += 1
+        return data
 
     def _response(self, status: Status) -> ResponseObject:
         body, counts, params = self._body, self._counts, self._plan.prompts[0].params

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -30,15 +30,25 @@ def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
-class EventStream(Response):
-    """Sends each item of `events`, one whole event or several. The generator is closed however the stream ends."""
+def _error_event(error: ServeError) -> bytes:
+    return event(error_body(error))
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+
+class EventStream(Response):
+    """Sends each item of `events`, one whole event or several. The generator is closed however the stream ends.
+
+    `error_event` writes the last one where it ends by an error.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], error_event: Callable[[ServeError], bytes] = _error_event
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                            "X-Accel-Buffering": "no"})  # fmt: skip
         self._events = events
+        self._error_event = error_event
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +70,7 @@ class EventStream(Response):
             if not isinstance(error, ServeError):
                 logger.exception("a stream failed")
                 error = ServeError("internal error; the stream cannot go on")
-            await self._send(send, event(error_body(error)))
+            await self._send(send, self._error_event(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, piece: bytes) -> None:

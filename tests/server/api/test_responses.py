@@ -167,8 +167,12 @@ def test_a_failure_before_the_first_token_has_its_status_and_a_later_one_an_erro
     bench.script.refuse = Overloaded("full", retry_after_s=1)
     assert respond(bench, stream=True).status_code == 503
     bench.script.refuse, bench.script.error, bench.script.fail_after = None, EngineError("broke"), 2
-    text = respond(bench, stream=True).text
-    assert "broke" in text and "response.completed" not in text
+    events = events_of(respond(bench, stream=True))
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    error = {"message": "broke", "type": "server_error", "param": None, "code": "engine_error"}
+    last = {"type": "error", "code": "engine_error", "message": "broke", "param": None, "error": error}
+    assert {**events[-1], "sequence_number": None} == {**last, "sequence_number": None}
+    assert not any(event["type"] == "response.completed" for event in events)
     assert not bench.engine.live
 
 
