@@ -34,7 +34,7 @@ RankRule = Literal["energy", "released"]
 Metric = Literal["plain", "whitened"]
 PruneScore = Literal["up", "energy"]
 Compensation = Literal["none", "bias", "refit"]
-Bits = Annotated[Literal[4, 8], BeforeValidator(int)]
+Bits = Annotated[Literal[4, 8], BeforeValidator(lambda value: int(value) if isinstance(value, str) else value)]
 RECOVER_RANK, RECOVER_LR = 8, 1e-3
 Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value)))]
 

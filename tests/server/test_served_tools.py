@@ -111,7 +111,7 @@ def test_forced_calls_of_responses(live: Live) -> None:
 
 def test_strict_functions_may_be_called_and_then_rightly(live: Live) -> None:
     """The model writes text, as it was not trained to call; where it begins a call, it cannot but be a right one."""
-    bias = {} if live.service.tokenizer is None else begin_calls(live)
+    bias = begin_calls(live)
     reasons = set()
     for seed in range(4):
         options = {"logit_bias": bias} if seed % 2 else {}

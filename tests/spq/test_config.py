@@ -57,3 +57,10 @@ def test_auto_tile_is_at_most_a_32nd(dim: int, tile: int) -> None:
 
 def test_round_up_stops_at_the_limit() -> None:
     assert [round_up(value, 16, 172) for value in (1, 16, 17, 170)] == [16, 16, 32, 172]
+
+
+@pytest.mark.parametrize("bits", [None, [], 3, "3", "x", 4.5])
+def test_other_bits_are_no_crash(bits: object) -> None:
+    assert SPQConfig.model_validate({"bits": "4"}).bits == 4
+    with pytest.raises(ValidationError):
+        SPQConfig.model_validate({"bits": bits})

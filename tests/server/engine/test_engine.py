@@ -255,7 +255,7 @@ def test_a_failing_step_ends_every_stream_and_the_engine() -> None:
 def test_what_can_never_fit_is_refused() -> None:
     async def serve() -> None:
         async with running(small_scheduler(num_blocks=4), FakeRunner()) as engine:
-            with pytest.raises(BadRequest, match="limit is") as caught:
+            with pytest.raises(BadRequest, match="maximum context length is 100 tokens") as caught:
                 engine.submit([request("fits"), request("large", prompt=60)])
             assert caught.value.code == "context_length_exceeded"
             assert engine.stats().num_waiting == 0  # all or nothing
