@@ -14,7 +14,18 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import admin, admin_actions, chat, completions, docs, embeddings, load, responses_api, text
+from server.api import (
+    admin,
+    admin_actions,
+    chat,
+    completions,
+    docs,
+    embeddings,
+    load,
+    messages_api,
+    responses_api,
+    text,
+)
 from server.api.access_log import AccessLog
 from server.api.admin_key import AdminKey, read_admin_key
 from server.api.failures import install_handlers
@@ -29,7 +40,6 @@ if TYPE_CHECKING:
     from server.service import Service
     from server.traces import Traces
 
-CORS_ASKED = ("Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout", "X-Include-Timings")
 RATES = ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
 CORS_TOLD = ("X-Request-Id", "Retry-After", *(f"x-ratelimit-{name}" for name in RATES))
 # FastAPI 0.165 can send traces, metrics and messages of exceptions by itself, where FASTAPI_OTEL_AUTO_CONFIGURE is set;
@@ -76,7 +86,9 @@ def create_app(service: Service) -> FastAPI:
         status=service.status,
         info=service.info,
     )
-    for module in (completions, chat, responses_api, embeddings, text, load, admin, admin_actions, docs, page):
+    for module in (completions, chat, responses_api, messages_api, embeddings, text, load, admin, admin_actions):
+        app.include_router(module.router)
+    for module in (docs, page):
         app.include_router(module.router)
     docs.install_schema(app)
     install_handlers(app, service.metrics)
@@ -91,7 +103,7 @@ def create_app(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=config.cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=CORS_ASKED,
+            allow_headers=("*",),  # clients add their own, such as x-stainless-os; none of them opens anything
             expose_headers=CORS_TOLD,
         )
     sinks = (AccessLog(config.access_log),) if traces is None else (AccessLog(config.access_log), traces)

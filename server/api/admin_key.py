@@ -41,17 +41,17 @@ class AdminKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
         if scope["type"] == "http" and scope["path"].startswith(ADMIN):
-            refusal = self._refusal(Headers(scope=scope).get("authorization", ""))
+            refusal = self._refusal(Headers(scope=scope))
             if refusal is not None:
                 await error_response(refusal)(scope, receive, send)
                 return
             current_record().key = NAME
         await self.app(scope, receive, send)
 
-    def _refusal(self, authorization: str) -> ServeError | None:
+    def _refusal(self, headers: Headers) -> ServeError | None:
         if self.key is None:
             return Forbidden("/admin is closed: the server was started without --admin-key (SPQ_ADMIN_KEY)")
-        if find_key((self.key,), authorization) is None:
+        if find_key((self.key,), headers) is None:
             return Unauthorized(
                 "the admin key is needed; send it as Authorization: Bearer KEY. An API key does not do",
                 headers={"WWW-Authenticate": "Bearer"},

@@ -78,6 +78,17 @@ RESPONSE_STREAM = (
     'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":4,"delta":"What",'
     f'"logprobs":[],"item_id":"msg_{ID}","output_index":0,"content_index":0}}\n\n'
 )
+ANTHROPIC = {
+    "id": f"msg_{ID}", "type": "message", "role": "assistant", "model": "storyteller",
+    "content": [{"type": "text", "text": "What do you see?"}], "stop_reason": "end_turn", "stop_sequence": None,
+    "usage": {
+        "input_tokens": 11, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 4,
+    },
+}  # fmt: skip
+ANTHROPIC_STREAM = (
+    'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta",'
+    '"text":"What"}}\n\n'
+)
 CARD = {
     "id": "storyteller", "object": "model", "created": CREATED, "owned_by": "spq-serve", "root": "demo/storyteller",
     "max_model_len": 1024, "spq": {"kv_tokens": 65536, "max_num_seqs": 64, "backend": "native"},
@@ -108,6 +119,19 @@ EXAMPLES: dict[tuple[str, str], Example] = {
     ),
     ("get", "/v1/responses/{response_id}"): Example(RESPONSE),
     ("delete", "/v1/responses/{response_id}"): Example({"id": f"resp_{ID}", "object": "response", "deleted": True}),
+    ("post", "/v1/messages"): Example(
+        ANTHROPIC,
+        {
+            "model": "storyteller",
+            "max_tokens": 40,
+            "messages": [{"role": "user", "content": "The captain looked at the sea and said,"}],
+        },
+        ANTHROPIC_STREAM,
+    ),
+    ("post", "/v1/messages/count_tokens"): Example(
+        {"input_tokens": 11},
+        {"model": "storyteller", "messages": [{"role": "user", "content": "The captain looked at the sea and said,"}]},
+    ),
     ("post", "/v1/embeddings"): Example(
         {
             "object": "list",

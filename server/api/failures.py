@@ -33,10 +33,15 @@ class ClientGone(Exception):
     """The client closed the connection before the answer was ready."""
 
 
+def error_fields(error: ServeError) -> dict[str, Any]:
+    """The body as an object; the request's record takes note of it."""
+    current_record().error = error.code
+    return error.to_openai()
+
+
 def error_body(error: ServeError) -> bytes:
     """The JSON body. ASCII only: what is echoed may not be valid Unicode."""
-    current_record().error = error.code
-    return json.dumps(error.to_openai(), ensure_ascii=True).encode()
+    return json.dumps(error_fields(error), ensure_ascii=True).encode()
 
 
 def error_response(error: ServeError) -> Response:

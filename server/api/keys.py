@@ -111,8 +111,9 @@ def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def find_key(keys: Sequence[Key], authorization: str) -> Key | None:
-    """Whose key an Authorization header holds."""
+def find_key(keys: Sequence[Key], headers: Headers) -> Key | None:
+    """Whose key a request holds: as Authorization: Bearer, or in Anthropic's header."""
+    authorization = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
     scheme, _, secret = authorization.partition(" ")
     given = digest(secret.strip().encode("latin-1"))
     # All keys are compared, so that the time says nothing about which one is near.
@@ -130,10 +131,10 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
         if scope["type"] == "http" and self.keys and not _is_open(scope["path"]):
-            key = find_key(self.keys, Headers(scope=scope).get("authorization", ""))
+            key = find_key(self.keys, Headers(scope=scope))
             if key is None:
                 error = Unauthorized(
-                    "a valid API key is needed; send it as Authorization: Bearer KEY",
+                    "a valid API key is needed; send it as Authorization: Bearer KEY, or as x-api-key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
                 await error_response(error)(scope, receive, send)

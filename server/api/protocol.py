@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from server.api.fields import (
     MAX_ALLOWED_IDS,
@@ -53,6 +53,22 @@ class Strict(BaseModel):
     """Base of all request models."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+
+
+def of_kind(value: Any, kinds: dict[Any, type[Strict]], what: str) -> Any:
+    """The value as the model of its `type`, so that errors name fields of that one alone."""
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("type")
+    model = kinds.get(kind) if kind is None or isinstance(kind, str) else None
+    if model is not None:
+        return model.model_validate(value)
+    served = ", ".join(name for name in kinds if name is not None)
+    error = PydanticCustomError(
+        "not_served", "{what} of this type are not served; {served} are", {"what": what, "served": served}
+    )
+    details = InitErrorDetails(type=error, loc=("type",), input=kind)
+    raise ValidationError.from_exception_data(what, [details])
 
 
 class StreamOptions(Strict):

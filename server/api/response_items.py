@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from server.api.chat_request import ChatMessage
 from server.api.fields import Content, Text, check_text
-from server.api.protocol import Absent, Strict
+from server.api.protocol import Absent, Strict, of_kind
 from server.api.tools import FUNCTION_NAME, CalledFunction, ToolCall
 
 TEXT_PARTS = ("input_text", "output_text", "text")
@@ -88,22 +88,6 @@ _KINDS: dict[Any, type[Strict]] = {
     "function_call": FunctionCallInput,
     "function_call_output": FunctionCallOutput,
 }
-
-
-def of_kind(value: Any, kinds: dict[Any, type[Strict]], what: str) -> Any:
-    """The value as the model of its `type`, so that errors name fields of that one alone."""
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("type")
-    model = kinds.get(kind) if kind is None or isinstance(kind, str) else None
-    if model is not None:
-        return model.model_validate(value)
-    served = ", ".join(name for name in kinds if name is not None)
-    error = PydanticCustomError(
-        "not_served", "{what} of this type are not served; {served} are", {"what": what, "served": served}
-    )
-    details = InitErrorDetails(type=error, loc=("type",), input=kind)
-    raise ValidationError.from_exception_data(what, [details])
 
 
 def _item(value: Any) -> Any:

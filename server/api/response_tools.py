@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from server.api.fields import Text, not_served
-from server.api.protocol import Absent, Off, Strict
-from server.api.response_items import of_kind
+from server.api.protocol import Absent, Off, Strict, of_kind
 from server.api.tools import (
     FUNCTION_NAME,
     MAX_TOOLS,

@@ -21,6 +21,7 @@ from server.api.body import JSONRoute
 from server.api.chat_request import ChatMessage
 from server.api.conversation import plan_answers
 from server.api.deps import ERRORS, ServiceDep, check_model, json_answer, read_deadline, take_model
+from server.api.failures import error_fields
 from server.api.generate import TokenCounts, generate
 from server.api.logprobs import chat_logprobs
 from server.api.plan import check_priority
@@ -187,8 +188,7 @@ class _Call:
 
     def error_event(self, error: ServeError) -> bytes:
         """OpenAI's, with the error as other streams have it: its client raises that, and shows the other."""
-        current_record().error = error.code
-        body = error.to_openai()
+        body = error_fields(error)
         fields = {name: body["error"][name] for name in ("code", "message", "param")}
         return self._written(("error", {**fields, **body}))
 

@@ -12,6 +12,15 @@ from pydantic import BaseModel
 from server.api.chat_request import ChatCompletionRequest, ChatMessage
 from server.api.completion_request import CompletionRequest
 from server.api.embeddings import EmbeddingRequest
+from server.api.message_request import (
+    MessageRequest,
+    MessageTool,
+    MessageToolChoice,
+    TextBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+)
 from server.api.protocol import StreamOptions
 from server.api.response_items import FunctionCallInput, FunctionCallOutput, InputMessage
 from server.api.response_request import ResponseRequest
@@ -22,6 +31,7 @@ PAGE = (REPOSITORY / "docs" / "api.md").read_text("utf-8")
 BODIES: list[type[BaseModel]] = [
     CompletionRequest, ChatCompletionRequest, ChatMessage, EmbeddingRequest, StreamOptions, TokenizeRequest,
     DetokenizeRequest, ResponseRequest, InputMessage, FunctionCallInput, FunctionCallOutput,
+    MessageRequest, Turn, TextBlock, ToolUseBlock, ToolResultBlock, MessageTool, MessageToolChoice,
 ]  # fmt: skip
 
 

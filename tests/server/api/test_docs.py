@@ -38,7 +38,7 @@ def test_every_operation_is_described_with_examples_and_errors(bench: Any) -> No
     assert found == EXAMPLES.keys()
     streams = [p for p, m in schema["paths"].items() if "post" in m
                and "text/event-stream" in m["post"]["responses"]["200"]["content"]]  # fmt: skip
-    assert streams == ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
+    assert streams == ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"]
 
 
 @pytest.mark.parametrize("operation", EXAMPLES, ids=" ".join)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.datastructures import Headers
 
 from server.api import keys as keys_module
 from server.api.keys import Key, KeyFileError, find_key, read_keys
@@ -40,7 +41,7 @@ def names(*api_keys: str, file: Path | None = None, **options: Any) -> dict[str,
 def test_a_key_may_be_named(given: str, name: str, secret: str) -> None:
     found = names(given)
     assert set(found) == {name}
-    assert find_key(list(found.values()), f"Bearer {secret}") is found[name]
+    assert find_key(list(found.values()), Headers({"Authorization": f"Bearer {secret}"})) is found[name]
 
 
 def test_a_key_file(tmp_path: Path) -> None:
@@ -51,8 +52,10 @@ def test_a_key_file(tmp_path: Path) -> None:
     assert {k: (v.requests_per_minute, v.tokens_per_minute) for k, v in found.items()} == {
         "three": (7, 9), "one": (7, 50), "two": (7, 9),
     }  # fmt: skip
-    assert find_key(list(found.values()), "Bearer two") is found["two"]
-    assert find_key(list(found.values()), f"Bearer {secret}") is None, "a digest opens nothing"
+    assert find_key(list(found.values()), Headers({"x-api-key": "two"})) is found["two"]
+    assert find_key(list(found.values()), Headers({"Authorization": f"Bearer {secret}"})) is None, (
+        "a digest opens nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
 
     keys = list(names("a=1", "b=2", "c=3").values())
     monkeypatch.setattr(keys_module, "hmac", Fake)
-    assert find_key(keys, "Bearer 1") is keys[0]
+    assert find_key(keys, Headers({"Authorization": "Bearer 1"})) is keys[0]
     assert [b for _, b in compared] == [key.digest for key in keys], "also those behind the match"
     assert all(len(a) == len(b) == 32 for a, b in compared), "of equal length, whatever was sent"
 
