@@ -49,6 +49,7 @@ class ToolUseBlock(Strict):
     input: dict[str, Any]
     cache_control: CacheControl = None
     caller: Annotated[Any, not_served({"type": "direct"})] = None
+    toolset_name: Absent = None
 
 
 def _as_blocks(value: Any) -> Any:
@@ -70,6 +71,7 @@ class ToolResultBlock(Strict):
     content: Texts | None = None
     is_error: bool | None = None  # the text says what went wrong; templates know no other place for it
     cache_control: CacheControl = None
+    toolset_name: Absent = None
 
 
 _BLOCKS: dict[Any, type[Strict]] = {"text": TextBlock, "tool_use": ToolUseBlock, "tool_result": ToolResultBlock}
@@ -163,6 +165,8 @@ class CountRequest(PromptOptions):
     # without influence on the answer
     metadata: dict[str, Any] | None = None
     cache_control: CacheControl = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
 
     # known, not served
     thinking: Annotated[Any, not_served({"type": "disabled"})] = None
@@ -173,6 +177,8 @@ class CountRequest(PromptOptions):
     context_management: Absent = None
     mcp_servers: NoneListed = None
     inference_geo: Absent = None
+    speed: Annotated[Any, not_served("standard")] = None
+    diagnostics: Absent = None
 
     def to_chat(self, **sampling: Any) -> ChatCompletionRequest:
         """The same as a chat. An assistant's last turn that calls nothing is gone on with."""
