@@ -10,6 +10,7 @@ import pytest
 
 from server.api.tool_formats import FORMATS
 from server.errors import EngineError, Overloaded
+from tests.server.api.named_events import events_of
 
 WEATHER: Any = {
     "name": "get_weather", "description": "Weather of a city",
@@ -35,16 +36,6 @@ def ask(bench: Any, path: str = "", **body: Any) -> Any:
 
 def prompt_text(bench: Any) -> str:
     return bytes(i for i in bench.engine.requests[-1].prompt_ids if i < 256).decode()
-
-
-def events_of(response: Any) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    events = []
-    for block in response.text.removesuffix("\n\n").split("\n\n"):
-        kind, _, data = block.partition("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert kind == f"event: {events[-1]['type']}"
-    return events
 
 
 def whole(events: list[dict[str, Any]]) -> dict[str, Any]:

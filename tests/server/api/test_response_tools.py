@@ -10,6 +10,7 @@ import pydantic
 import pytest
 
 from server.api.tool_formats import FORMATS
+from tests.server.api.named_events import events_of
 
 PARAMETERS: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Any = {"type": "function", "name": "get_weather", "description": "Weather of a city",
@@ -25,12 +26,6 @@ def respond(bench: Any, **body: Any) -> Any:
 
 def prompt_text(bench: Any) -> str:
     return bytes(i for i in bench.engine.requests[-1].prompt_ids if i < 256).decode()
-
-
-def events_of(response: Any) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    blocks = response.text.removesuffix("\n\n").split("\n\n")
-    return [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from server.api.chat_request import ChatMessage
 from server.api.response_store import ResponseStore, StoredResponse
 from server.errors import EngineError, NotFound, Overloaded
+from tests.server.api.named_events import events_of
 
 
 def respond(bench: Any, **body: Any) -> Any:
@@ -19,17 +20,6 @@ def respond(bench: Any, **body: Any) -> Any:
 
 def prompt_text(bench: Any) -> str:
     return bytes(i for i in bench.engine.requests[-1].prompt_ids if i < 256).decode()
-
-
-def events_of(response: Any) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    events = []
-    for block in response.text.removesuffix("\n\n").split("\n\n"):
-        kind, _, data = block.partition("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert kind == f"event: {events[-1]['type']}"
-    return events
 
 
 def test_shape(bench: Any) -> None:
