@@ -10,11 +10,11 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from server.api.chat_request import ChatCompletionRequest, ChatMessage
-from server.api.fields import PositiveTokenCount, Stop, Temperature, Text, TopK, TopP, not_served
-from server.api.protocol import Absent, NoneListed, Off, PromptOptions, Strict, of_kind
+from server.api.fields import PositiveTokenCount, Stop, Temperature, Text, TopK, TopP, check_text, not_served
+from server.api.protocol import Absent, NoneListed, Off, PromptOptions, Strict, of_kind, refusal
 from server.api.tools import (
     FUNCTION_NAME,
     MAX_TOOLS,
@@ -29,6 +29,11 @@ from server.api.tools import (
 
 BlockId = Annotated[str, Field(min_length=1, max_length=256)]
 CacheControl = dict[str, Any] | None  # a hint: prefixes are found in the cache without it
+
+
+def _check_input(value: dict[str, Any]) -> dict[str, Any]:
+    check_text(json.dumps(value, ensure_ascii=False))
+    return value
 
 
 class TextBlock(Strict):
@@ -46,7 +51,7 @@ class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: BlockId
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
-    input: dict[str, Any]
+    input: Annotated[dict[str, Any], AfterValidator(_check_input)]
     cache_control: CacheControl = None
     caller: Annotated[Any, not_served({"type": "direct"})] = None
     toolset_name: Absent = None
@@ -179,6 +184,15 @@ class CountRequest(PromptOptions):
     inference_geo: Absent = None
     speed: Annotated[Any, not_served("standard")] = None
     diagnostics: Absent = None
+
+    @model_validator(mode="after")
+    def _blocks_go_with_their_roles(self) -> CountRequest:
+        wrong = {"user": ToolUseBlock, "assistant": ToolResultBlock}
+        for i, turn in enumerate(self.messages):
+            for k, block in enumerate(turn.content):
+                if isinstance(block, wrong[turn.role]):
+                    raise refusal(f"messages[{i}].content[{k}].type", f"the {turn.role} makes no {block.type} blocks")
+        return self
 
     def to_chat(self, **sampling: Any) -> ChatCompletionRequest:
         """The same as a chat. An assistant's last turn that calls nothing is gone on with."""

@@ -205,6 +205,12 @@ def test_forced_calls_have_a_grammar(hermes: Any, choice: Any, names: set[str]) 
          "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}]},
+         "messages[0].content[0].type"),
+        ({"messages": [*SAY, {"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "c"}]}]},
+         "messages[1].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": [
+            {"type": "tool_use", "id": "c", "name": "f", "input": {"x": "\ud800"}}]}]}, "messages[0].content[0].input"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
