@@ -58,8 +58,8 @@ $(VENV)/.runtime: requirements.txt pyproject.toml $(wildcard kernels/native/*.[c
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-eval.txt $(VENV)/.runtime
-	$(PIP) install -r requirements-dev.txt -r requirements-eval.txt
+$(VENV)/.dev: requirements-dev.txt requirements-eval.txt requirements-loadtest.txt $(VENV)/.runtime
+	$(PIP) install -r requirements-dev.txt -r requirements-eval.txt -r requirements-loadtest.txt
 	@touch $@
 
 # Clients that tests talk to a server with: LiteLLM wants other versions than ours, so it gets an environment of its own.
