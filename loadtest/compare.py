@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers it runs are ended too
     try:
         contenders = make_contenders(options)
         before = report.Results.load(options.out) if options.add and (options.out / report.RESULTS).exists() else None
@@ -126,7 +128,7 @@ def measure(options: argparse.Namespace, contenders: list[Contender], results: r
     """
     load = Load(options.model, options.prompt_tokens, options.new_tokens, options.max_others, options.any_chunks)
     levels = [int(level) for level in options.levels.split(",")]
-    left_out = results.facts.setdefault("left out", {})
+    left_out: dict[str, str] = {}
     for contender in list(contenders):
         name = contender.server.name
         try:
@@ -141,6 +143,8 @@ def measure(options: argparse.Namespace, contenders: list[Contender], results: r
             left_out[name] = reason
             results.bits.pop(name)
             contenders.remove(contender)
+    if left_out:
+        results.facts["left out"] = left_out
     if results.subject not in results.bits:
         raise NotReady(f"{results.subject}: {left_out[results.subject]}")
     alone = options.alone == "on" or (options.alone == "auto" and gpu_bytes() is not None)
