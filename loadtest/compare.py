@@ -93,7 +93,7 @@ def make_contenders(options: argparse.Namespace) -> list[Contender]:
     paths |= {"python": sys.executable, "cores": f"0-{options.threads - 1}"}
     for server in servers:
         check_extra(server.name, more.get(server.name, {}))
-    return [Contender(server, paths, os.environ, options.cache, options.api_key) for server in servers]
+    return [Contender(server, paths, os.environ, options.cache, options.api_key or None) for server in servers]
 
 
 def _found(options: argparse.Namespace, text: str) -> Server:
@@ -101,7 +101,7 @@ def _found(options: argparse.Namespace, text: str) -> Server:
     name, _, url = text.partition("=")
     if not name or not url:
         raise ValueError(f"--server {text}: write NAME=URL")
-    found = find_model(url.rstrip("/"), options.api_key)
+    found = find_model(url.rstrip("/"), options.api_key or None)
     extra = {"ignore_eos": True} if found.takes_ignore_eos else {}
     extra |= {"cache_prompt": False} if found.owner == "llamacpp" else {}
     return given(name, url.rstrip("/"), found.model, extra, takes_ids=found.takes_ignore_eos)
@@ -128,11 +128,12 @@ def measure(options: argparse.Namespace, contenders: list[Contender], results: r
     """
     load = Load(options.model, options.prompt_tokens, options.new_tokens, options.max_others, options.any_chunks)
     levels = [int(level) for level in options.levels.split(",")]
+    read = {name: int(number) for name, _, number in (text.partition("=") for text in options.device_bytes)}
     left_out: dict[str, str] = {}
     for contender in list(contenders):
         name = contender.server.name
         try:
-            reason = contender.cannot_run(cpu_flags())
+            reason = contender.cannot_run(cpu_flags()) if gpu_bytes() is None else None
             if reason is None and contender.is_ours_to_run and not options.skip_memory:
                 results.memory[name] = found = measure_memory(contender, load, levels)
                 log.info("%s: peak %.0f MiB", name, found.peak_bytes / 2**20)
@@ -156,7 +157,7 @@ def measure(options: argparse.Namespace, contenders: list[Contender], results: r
         results.save(options.out)
     for contender in contenders:
         if not contender.is_ours_to_run and not options.skip_memory:
-            results.memory[contender.server.name] = given_memory(contender)
+            results.memory[contender.server.name] = given_memory(contender, read.get(contender.server.name))
     results.save(options.out)
 
 
@@ -171,6 +172,10 @@ def parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--subject", help="whom ratios are of (default: the first)")
     which.add_argument("--bits", action="append", default=[], metavar="NAME=BITS", help="of a running server's weights")
+    which.add_argument(
+        "--device-bytes", action="append", default=[], metavar="NAME=BYTES",
+        help="of the GPU, that a running server takes, where nvidia-smi is not to be had here",
+    )  # fmt: skip
     which.add_argument("--api-key", help="for servers that run")
     which.add_argument(
         "--extra", action="append", default=[], metavar="NAME=JSON", help="fields of requests that one server gets"

@@ -191,9 +191,10 @@ def measure_memory(contender: Contender, load: Load, levels: list[int]) -> Memor
         contender.stop()
 
 
-def given_memory(contender: Contender) -> Memory:
-    """What can be known of a server that runs elsewhere: the GPU as a whole, and its own ledger."""
-    return Memory(0, 0, 0, 0.0, gpu_bytes(), {}, discover.memory_ledger(contender.metrics()))
+def given_memory(contender: Contender, read_bytes: int | None) -> Memory:
+    """What can be known of a server that runs elsewhere: the GPU as a whole or as someone read it; its own ledger."""
+    used = gpu_bytes() if read_bytes is None else read_bytes
+    return Memory(0, 0, 0, 0.0, used, {}, discover.memory_ledger(contender.metrics()))
 
 
 def compare(

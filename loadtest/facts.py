@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ def facts_of(options: argparse.Namespace, contenders: list[Contender]) -> dict[s
         "cpu": f"{_cpuinfo('model name') or platform.machine()}, {os.cpu_count()} cores, {_simd()}",
         "gpu": _gpu(),
         "python": platform.python_version(),
-        "commit": _output(("git", "describe", "--always", "--dirty")),
+        "commit": _output(("git", "describe", "--always", "--dirty")) if shutil.which("git") else "not known (no git)",
         "model": options.model.name,
         "load": {name: getattr(options, name) for name in LOAD},
         "servers": {contender.server.name: _server(contender) for contender in contenders},

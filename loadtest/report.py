@@ -79,7 +79,7 @@ def write_refusal(results: Results, reason: str, folder: Path) -> None:
 def title(results: Results) -> str:
     """The servers compared."""
     others = [name for name in results.bits if name != results.subject]
-    return f"{results.subject} beside {', '.join(others)}"
+    return f"{results.subject} beside {', '.join(others)}" if others else f"{results.subject} alone"
 
 
 def rows(cells: Sequence[Cell], results: Results) -> list[list[str]]:
