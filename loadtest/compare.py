@@ -7,7 +7,7 @@
 The first starts them, the second finds them running. The last is for servers that must not run at once: each call adds
 its rounds to what --out has, and the report is of all of them. `contest` says how turns are taken, `equal` what is
 refused, `verdict` what the sentences mean.
-Exit status: 0, or 3 where the work was not equal, with the reason in the report.
+Exit status: 0; 3 where the work was not equal, with the reason in the report; 1 where the subject did not start.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, write the report, print its table and verdict."""
     command = parser()
     options = command.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers it runs are ended too
     try:
         contenders = make_contenders(options)
         before = report.Results.load(options.out) if options.add and (options.out / report.RESULTS).exists() else None
@@ -59,12 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"no server or path of the name {error}" if isinstance(error, KeyError) else str(error))
     except UnequalWork as error:
         return _refused(str(error))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers it runs are ended too
     try:
         measure(options, contenders, results)
         check_turns(results.turns)
     except UnequalWork as error:
         report.write_refusal(results, str(error), options.out)
         return _refused(str(error))
+    except NotReady as error:
+        print(f"a server did not start: {error}", file=sys.stderr)
+        return 1
     report.write(results, options.out)
     print((options.out / report.MARKDOWN).read_text("utf-8"))
     return 0

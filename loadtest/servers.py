@@ -143,7 +143,7 @@ def catalogue() -> dict[str, Server]:
         _llama_cpp("q4_0", 4),
         _transformers("bfloat16", 16, "bfloat16"),
         _transformers("float32", 32, "float32"),
-        _transformers("gptq4", 4, "auto", "{gptq}"),
+        _transformers("gptq4", 4, "float32", "{gptq}"),
         _vllm("bfloat16", 16, "bfloat16"),
         _vllm("float32", 32, "float32"),
         _vllm("gptq4", 4, "auto", "{gptq}", ("avx512f", "its 4-bit product, cpu_gemm_wna16, is not in its AVX2 code")),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from live import serve
-from locusts import ROOT
+from locusts import ROOT, scripted
 
+from loadtest.compare import main
 from loadtest.report import Results
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
@@ -60,8 +61,8 @@ def test_two_servers_from_the_load_to_the_report(tmp_path: Path) -> None:
 
 
 def test_one_server_cannot_be_given_other_sampling(tmp_path: Path) -> None:
-    with serve() as live:
-        done = compare(tmp_path, "--server", f"live={live.url}", "--extra", 'live={"temperature": 1}', *LOAD)
+    with scripted() as (url, _):
+        done = compare(tmp_path, "--server", f"live={url}", "--extra", 'live={"temperature": 1}', *LOAD)
     assert done.returncode == 3 and "live alone would get temperature" in done.stderr
 
 
@@ -75,15 +76,19 @@ def test_one_server_cannot_be_given_other_sampling(tmp_path: Path) -> None:
         ((), "no server"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path: Path, arguments: tuple[str, ...], complaint: str) -> None:
-    done = compare(tmp_path, "--cache", str(tmp_path), *arguments)
-    assert done.returncode == 2 and complaint in done.stderr
+def test_what_is_missing_is_named(
+    tmp_path: Path, arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "demo/storyteller", "--out", str(tmp_path), "--cache", str(tmp_path), *arguments])
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
 def test_who_cannot_start_is_left_out_and_named(tmp_path: Path) -> None:
     false = ("--vllm-python", "/bin/false", "--gptq", "x", "--cache", str(tmp_path))
     done = compare(tmp_path, "--servers", "vllm-float32", *false)
-    assert done.returncode != 0 and "vllm-float32 is left out: exit code 1" in done.stderr
+    assert done.returncode == 1 and "vllm-float32 is left out: exit code 1" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_installer_names_its_parts(tmp_path: Path) -> None:
