@@ -7,9 +7,10 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check $(if $(CI),--quiet)
 PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 ARGS ?=
+RIVALS ?= $(HOME)/.cache/spq-serve/rivals
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check coverage bench clean
+.PHONY: help serve test check coverage bench compare clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -39,6 +40,12 @@ coverage: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Which lines of server/ 
 bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)
 
+compare: $(VENV)/.loadtest ## The server beside llama.cpp, vLLM and transformers on this machine: installs them in RIVALS, writes report/
+	@OURS=$(RUN) PYTHON=$(PYTHON) loadtest/install_rivals.sh "$(RIVALS)"
+	@$(RUN) -m loadtest.compare --model "$(RIVALS)/model" --rivals "$(RIVALS)" --cache "$(RIVALS)/cache" \
+		--servers ours,ours-int4,llama.cpp-q8_0,llama.cpp-q4_0,vllm-gptq4,vllm-float32,transformers-gptq4 \
+		--note "Random weights tell speed and memory. Quality, on trained models: docs/results.md." $(ARGS)
+
 clean: ## Remove .venv and caches (compressed models in the cache folder stay)
 	rm -f kernels/native/*.so
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
@@ -58,8 +65,12 @@ $(VENV)/.runtime: requirements.txt pyproject.toml $(wildcard kernels/native/*.[c
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-eval.txt $(VENV)/.runtime
-	$(PIP) install -r requirements-dev.txt -r requirements-eval.txt
+$(VENV)/.dev: requirements-dev.txt requirements-eval.txt requirements-loadtest.txt $(VENV)/.runtime
+	$(PIP) install -r requirements-dev.txt -r requirements-eval.txt -r requirements-loadtest.txt
+	@touch $@
+
+$(VENV)/.loadtest: requirements-loadtest.txt $(VENV)/.runtime
+	$(PIP) install -r requirements-loadtest.txt
 	@touch $@
 
 # Clients that tests talk to a server with: LiteLLM wants other versions than ours, so it gets an environment of its own.

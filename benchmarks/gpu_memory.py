@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 
 import torch
 
-from benchmarks.process import members, pss_bytes
 from kernels.ops import make_ops
+from loadtest.device import gpu_bytes
+from loadtest.process import members, pss_bytes
 from server.config import ServerConfig
 from server.engine.build import pick_dtype
 from server.engine.memory import read_memory
@@ -27,12 +27,8 @@ from spq.checkpoint import open_model
 def device_bytes(session: int | None) -> int | None:
     """Bytes in use on the first GPU, whoever uses them, as nvidia-smi prints them; without a GPU the resident memory of
     the `session` of processes. None where neither is known."""
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        printed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
-        return int(printed) * 1024**2
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None if session is None else pss_bytes(members(session))
+    used = gpu_bytes()
+    return pss_bytes(members(session)) if used is None and session is not None else used
 
 
 def loaded_bytes(folder: Path, device: torch.device, dtype: str) -> dict[str, int]:

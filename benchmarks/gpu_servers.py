@@ -18,10 +18,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from benchmarks.client import Answer, Wave, make_prompts, run_wave
 from benchmarks.gpu_memory import device_bytes
-from benchmarks.process import Running
-from benchmarks.report import percentile
+from loadtest.client import Wave, make_prompts, run_wave
+from loadtest.process import Running
+from loadtest.stream import Answer
+from loadtest.turns import percentile
 
 Row = dict[str, Any]
 STOP_S = 10.0  # to end politely; accepted requests are not waited for

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.process import Running
+from loadtest.process import Running
 
 KEY = "benchmark"
 START_S = 600.0

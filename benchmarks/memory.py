@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="as the server's (default: 16)")
     parser.add_argument("--max-model-len", type=int, default=256, help="as the server's (default: 256)")
-    parser.add_argument("--kv-memory", type=int, default=80, help="MiB (default: 80, as in benchmarks.servers)")
+    parser.add_argument("--kv-memory", type=int, default=80, help="MiB (default: 80, as in loadtest.servers)")
     parser.add_argument("--streams", default="1,8,16", help="bursts (default: 1,8,16)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--new-tokens", type=int, default=64, help="per answer (default: 64)")

@@ -49,10 +49,12 @@ def declared(lines: list[str]) -> dict[str, str]:
 
 RUNTIME, DEV = read_pins("requirements.txt"), read_pins("requirements-dev.txt")
 EXTRAS = read_pins("requirements-eval.txt")
+LOADTEST = read_pins("requirements-loadtest.txt")
 DIRECT = declared(PROJECT["project"]["dependencies"])
 DIRECT_DEV = declared(PROJECT["project"]["optional-dependencies"]["dev"])
 RECOVERY = declared(PROJECT["project"]["optional-dependencies"]["recovery"])
 OTEL = declared(PROJECT["project"]["optional-dependencies"]["otel"])
+DIRECT_LOADTEST = declared(PROJECT["project"]["optional-dependencies"]["loadtest"])
 
 
 def run_python(code: str) -> str:
@@ -158,6 +160,29 @@ def test_pins_of_the_extras_agree_and_change_nothing_else() -> None:
     assert {name: pin for name, pin in EXTRAS.items() if DEV.get(name, pin) != pin} == {}
 
 
+def test_pins_of_the_load_test_agree_with_all_others() -> None:
+    """It stands alone, and make test installs it beside the rest."""
+    assert {name: LOADTEST.get(name) for name in DIRECT_LOADTEST} == DIRECT_LOADTEST
+    others = RUNTIME | DEV | EXTRAS
+    assert {name: pin for name, pin in LOADTEST.items() if others.get(name, pin) != pin} == {}
+    assert [name for name in LOADTEST if name.startswith("torch") or PINNED_BY_TORCH.match(name)] == []
+
+
+@pytest.mark.parametrize("name", sorted(LOADTEST))
+def test_what_the_load_test_needs_is_pinned(name: str) -> None:
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed here: make test installs it")
+    if installed != LOADTEST[name]:
+        pytest.skip(f"{name} {installed} is installed here, {LOADTEST[name]} is pinned")
+    for need in map(Requirement, requires(name) or ()):
+        extra = "client" if name == "python-socketio" else ""  # which locust asks for
+        if need.marker is None or need.marker.evaluate({"extra": extra}):
+            pin = LOADTEST.get(canonicalize_name(need.name))
+            assert pin and need.specifier.contains(pin, prereleases=True), f"{name} needs {need}, pinned is {pin}"
+
+
 def test_the_clients_have_all_they_need_and_nothing_else() -> None:
     """In an environment of its own, as LiteLLM wants other versions than this project."""
     clients = read_pins("requirements-clients.txt")
@@ -218,6 +243,8 @@ def test_every_import_is_declared() -> None:
             names = DIRECT | RECOVERY
         if module.name in ("server.traces", "server.spans"):
             names = DIRECT | OTEL
+        if module.path.startswith("loadtest/"):
+            names = DIRECT_LOADTEST
         if module.name.endswith(".bench"):  # a program for developers
             names = DIRECT | DIRECT_DEV
         for _, target in imports(module):

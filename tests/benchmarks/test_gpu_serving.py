@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from benchmarks import gpu_rivals, gpu_serving
-from benchmarks.client import Answer, Wave
 from benchmarks.gpu_bars import judged, markdown
 from benchmarks.gpu_models import SHAPES, SMALL, write_model
 from benchmarks.gpu_parts import MODELS, RIVALS, Part, PartFailed, PartSkipped, Workshop, all_parts
 from benchmarks.gpu_servers import Load, Served, decoding_rate, measure_server, summarize
 from benchmarks.gpu_serving import LEAST_S, RIVALS_SHARE, new_report, run_parts
-from benchmarks.process import NotReady
+from loadtest.client import Wave
+from loadtest.process import NotReady
+from loadtest.stream import Answer
 from spq.checkpoint import open_model
 from spq.tensorfile import locate_tensors
 

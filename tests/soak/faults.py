@@ -19,7 +19,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.process import members
+from loadtest.process import members
 from tests.soak.target import Target, finish, serving
 from tests.soak.traffic import Outcome, ask, body
 

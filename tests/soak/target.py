@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.process import Running
+from loadtest.process import Running
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

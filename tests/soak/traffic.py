@@ -1,6 +1,6 @@
 """Requests over raw sockets: whole, streamed, cut off at a moment, stalled, read slowly.
 
-Not a load test of speed (`benchmarks.client` is) and no client library: what is sent and when a socket closes has to be
+Not a load test of speed (`loadtest.client` is) and no client library: what is sent and when a socket closes has to be
 exact.
 """
 

@@ -14,11 +14,16 @@ import random
 import re
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WHOLE_WORD = re.compile(r"Ġ[A-Za-z]+")  # with its space in front, as a byte-level vocabulary writes it
+from loadtest.stream import Answer, payload_of, take_event
+
+# with its space in front, as a byte-level vocabulary writes it and as SentencePiece does
+WHOLE_WORD = re.compile(r"[Ġ▁][A-Za-z]+")
+
+SAMPLING = {"temperature": 0}  # the same for every server; what else a body says is its size and its stream
 
 
 class UnequalWork(RuntimeError):
@@ -31,17 +36,6 @@ class Prompt:
 
     text: str
     ids: list[int]
-
-
-@dataclass(slots=True)
-class Answer:
-    """One stream. Times in seconds."""
-
-    ttft_s: float = 0.0
-    gaps_s: list[float] = field(default_factory=list)  # between chunks of text
-    chunks: int = 0
-    prompt_tokens: int | None = None  # as the server counted them; None: it did not say
-    completion_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -69,6 +63,8 @@ class Wave:
         for answer in self.answers:
             if answer.completion_tokens != self.new_tokens:
                 raise UnequalWork(f"an answer of {answer.completion_tokens} tokens instead of {self.new_tokens}")
+            if answer.finish_reason not in ("length", None):
+                raise UnequalWork(f"an answer ended by {answer.finish_reason!r} instead of by its length")
             if answer.prompt_tokens != prompt_tokens:
                 raise UnequalWork(f"a prompt of {answer.prompt_tokens} tokens instead of {prompt_tokens}")
 
@@ -87,20 +83,28 @@ def make_prompts(tokenizer: Path, count: int, tokens: int, seed: int) -> list[Pr
 def _whole_words(tokenizer: Path) -> list[tuple[int, str]]:
     """Id and text of the words that are one token, space in front, by id."""
     vocab: dict[str, int] = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
-    return sorted((index, token.replace("Ġ", " ")) for token, index in vocab.items() if WHOLE_WORD.fullmatch(token))
+    return sorted((index, " " + token[1:]) for token, index in vocab.items() if WHOLE_WORD.fullmatch(token))
 
 
 async def run_wave(
-    port: int, prompts: list[Prompt], new_tokens: int, extra: dict[str, Any], as_ids: bool = True
+    port: int,
+    prompts: list[Prompt],
+    new_tokens: int,
+    extra: dict[str, Any],
+    as_ids: bool = True,
+    *,
+    host: str = "127.0.0.1",
+    api_key: str | None = None,
 ) -> Wave:
-    """Send all prompts at once to 127.0.0.1. `extra` is added to each body. Raises RuntimeError on any other answer."""
+    """Send all prompts at once. `extra` is added to each body. Raises RuntimeError on any answer but a stream."""
+    headers = b"" if api_key is None else f"Authorization: Bearer {api_key}\r\n".encode()
     bodies = [
         json.dumps(
             {
                 "model": "bench",
                 "prompt": prompt.ids if as_ids else prompt.text,
                 "max_tokens": new_tokens,
-                "temperature": 0,
+                **SAMPLING,
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 **extra,
@@ -109,47 +113,26 @@ async def run_wave(
         for prompt in prompts
     ]
     started = time.perf_counter()
-    answers = await asyncio.gather(*(_stream(port, body) for body in bodies))
+    answers = await asyncio.gather(*(_stream((host, port), headers, body) for body in bodies))
     return Wave(list(answers), time.perf_counter() - started, new_tokens)
 
 
-async def _stream(port: int, body: bytes) -> Answer:
+async def _stream(address: tuple[str, int], headers: bytes, body: bytes) -> Answer:
     answer, last = Answer(), time.perf_counter()
-    async for data in _events(port, body):
-        now = time.perf_counter()
-        has_text = read_event(data, answer)
-        if has_text:
-            if answer.chunks == 1:
-                answer.ttft_s = now - last
-            else:
-                answer.gaps_s.append(now - last)
-            last = now
+    async for data in _events(address, headers, body):
+        last = take_event(data, answer, last, time.perf_counter())
     return answer
 
 
-def read_event(data: bytes, answer: Answer) -> bool:
-    """Note what one server-sent event says. True if it carried text. Raises RuntimeError if it is an error."""
-    event = json.loads(data)
-    if "error" in event:
-        raise RuntimeError(f"the server sent an error: {data.decode()}")
-    usage = event.get("usage")
-    if usage:
-        answer.prompt_tokens = usage.get("prompt_tokens")
-        answer.completion_tokens = usage.get("completion_tokens")
-    choices = event.get("choices")
-    if choices and choices[0].get("text"):
-        answer.chunks += 1
-        return True
-    return False
-
-
-async def _events(port: int, body: bytes) -> AsyncIterator[bytes]:
+async def _events(address: tuple[str, int], headers: bytes, body: bytes) -> AsyncIterator[bytes]:
     """The `data:` payloads of one POST, without the closing [DONE]."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection(*address)
     try:
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
-            b"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (port, len(body)) + body
+            b"POST /v1/completions HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\n%s"
+            b"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            % (address[0].encode(), address[1], headers, len(body))
+            + body
         )
         await writer.drain()
         head = await reader.readuntil(b"\r\n\r\n")
@@ -161,7 +144,7 @@ async def _events(port: int, body: bytes) -> AsyncIterator[bytes]:
         async for part in parts:
             *lines, pending = (pending + part).split(b"\n")
             for line in lines:
-                if line.startswith(b"data:") and (payload := line[5:].strip()) != b"[DONE]":
+                if (payload := payload_of(line)) is not None:
                     yield payload
     finally:
         writer.close()

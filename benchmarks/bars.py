@@ -1,65 +1,14 @@
-"""From turns to a verdict: medians and percentiles per server and level, ratios of rounds, and the bars met or missed.
+"""The project's bars on a CPU, judged: which ratio to which rival has to be reached, and whether it was.
 
-Numbers only; `contest` measures, `rivals` prints and writes. A turn that other processes disturbed is left out, unless
-a server has no other at that level, and then it is marked. The choice looks at the CPU others took, never at a result.
+Numbers and tables only; `rivals` measures. `loadtest.verdict` compares without bars.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-
-@dataclass(slots=True)
-class Turn:
-    """One server at one level in one round. Times in seconds."""
-
-    server: str
-    streams: int
-    round: int
-    tokens_per_s: float
-    ttft_s: list[float]
-    itl_s: list[float]
-    cpu_s_per_token: float  # of the server's tree, prompt and all
-    others_cores: float  # taken by neither the server nor the client
-    noisy: bool
-    discarded: int = 0  # noisier attempts before this one
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What one server took, alone on the machine, from its start to the end of its largest burst."""
-
-    pss_bytes: int  # highest sample of the tree
-    rss_bytes: int  # sum of the kernel's peaks of each process
-    processes: int
-    ready_s: float  # from its start
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of one process the kernel's peak, exact; of several the sample, as a sum counts shared pages twice."""
-        return self.rss_bytes if self.processes == 1 else self.pss_bytes
-
-
-@dataclass(slots=True)
-class Cell:
-    """All turns of one server at one level."""
-
-    server: str
-    streams: int
-    tokens_per_s: float
-    tokens_per_s_min: float
-    tokens_per_s_max: float
-    ttft_p50_ms: float
-    ttft_p95_ms: float
-    itl_p50_ms: float
-    itl_p95_ms: float
-    cpu_ms_per_token: float
-    others_cores: float  # the most of any turn that counts
-    turns: int
-    noisy: bool
+from loadtest.turns import Cell, Memory, Turn, ratios_of_rounds, summarize
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,48 +59,6 @@ BARS = (
 )  # fmt: skip
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank; `share` in 0..1. Raises ValueError where there is no value."""
-    if not values:
-        raise ValueError("no values")
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def counted(turns: Iterable[Turn]) -> list[Turn]:
-    """The quiet turns, or all where none was quiet."""
-    turns = list(turns)
-    return [turn for turn in turns if not turn.noisy] or turns
-
-
-def summarize(turns: Iterable[Turn]) -> list[Cell]:
-    """One cell per server and level, in order of appearance."""
-    groups: dict[tuple[str, int], list[Turn]] = {}
-    for turn in turns:
-        groups.setdefault((turn.server, turn.streams), []).append(turn)
-    return [_cell(server, streams, counted(group)) for (server, streams), group in groups.items()]
-
-
-def _cell(server: str, streams: int, turns: list[Turn]) -> Cell:
-    speeds = [turn.tokens_per_s for turn in turns]
-    ttft = [1e3 * t for turn in turns for t in turn.ttft_s]
-    itl = [1e3 * t for turn in turns for t in turn.itl_s]
-    return Cell(
-        server=server,
-        streams=streams,
-        tokens_per_s=statistics.median(speeds),
-        tokens_per_s_min=min(speeds),
-        tokens_per_s_max=max(speeds),
-        ttft_p50_ms=percentile(ttft, 0.5),
-        ttft_p95_ms=percentile(ttft, 0.95),
-        itl_p50_ms=percentile(itl, 0.5),
-        itl_p95_ms=percentile(itl, 0.95),
-        cpu_ms_per_token=1e3 * statistics.median(turn.cpu_s_per_token for turn in turns),
-        others_cores=max(turn.others_cores for turn in turns),
-        turns=len(turns),
-        noisy=any(turn.noisy for turn in turns),
-    )
-
-
 def judge(ours: str, bits: dict[str, int], turns: Sequence[Turn], memory: Mapping[str, Memory]) -> list[Verdict]:
     """Every bar of BARS. `bits` names the servers compared and the width of their weights."""
     return [_judge_one(bar, ours, bits, turns, memory) for bar in BARS]
@@ -186,16 +93,6 @@ def _spread(metric: str, streams: int, ours: str, theirs: str, turns: Sequence[T
     return (min(ratios), max(ratios)) if ratios else None
 
 
-def ratios_of_rounds(metric: str, streams: int, ours: str, theirs: str, turns: Sequence[Turn]) -> list[float]:
-    """ours / theirs in each round that counts for both."""
-    values: dict[str, dict[int, float]] = {}
-    for name in (ours, theirs):
-        chosen = counted(turn for turn in turns if turn.server == name and turn.streams == streams)
-        values[name] = {turn.round: getattr(_cell(name, streams, [turn]), metric) for turn in chosen}
-    rounds = sorted(values[ours].keys() & values[theirs].keys())
-    return [values[ours][r] / values[theirs][r] for r in rounds]
-
-
 def markdown(cells: Sequence[Cell], memory: Mapping[str, Memory], verdicts: Sequence[Verdict], ours: str) -> str:
     """Three tables: figures by level, memory, bars."""
     mib = 2**20
@@ -209,7 +106,7 @@ def markdown(cells: Sequence[Cell], memory: Mapping[str, Memory], verdicts: Sequ
         lines.append(
             f"| {c.server} | {c.streams} | {c.tokens_per_s:.1f} [{c.tokens_per_s_min:.1f}..{c.tokens_per_s_max:.1f}]"
             f" | {ratio} | {c.ttft_p50_ms:.0f} / {c.ttft_p95_ms:.0f} | {c.itl_p50_ms:.1f} / {c.itl_p95_ms:.1f}"
-            f" | {c.cpu_ms_per_token:.1f} | {c.others_cores:.2f}{' noisy' if c.noisy else ''} |"
+            f" | {_number(c.cpu_ms_per_token, 1)} | {_number(c.others_cores, 2)}{' noisy' if c.noisy else ''} |"
         )
     lines += [
         "",
@@ -229,8 +126,5 @@ def markdown(cells: Sequence[Cell], memory: Mapping[str, Memory], verdicts: Sequ
     return "\n".join(lines)
 
 
-def compact(turn: Turn) -> dict[str, Any]:
-    """A turn for the JSON file: percentiles instead of every gap."""
-    kept = {k: v for k, v in asdict(turn).items() if k not in ("ttft_s", "itl_s")}
-    cell = asdict(_cell(turn.server, turn.streams, [turn]))
-    return kept | {k: cell[k] for k in ("ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_ms")}
+def _number(value: float | None, digits: int) -> str:
+    return "not known" if value is None else f"{value:.{digits}f}"
