@@ -10,18 +10,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.core import SamplingParams, Sequence, StepTimes
+from server.progress import Phase, Status
 from server.tally import Tally
 
 if TYPE_CHECKING:
     from server.engine.engine import EngineStats, ModelInfo
-    from server.progress import Phase, Status
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 RATE_WINDOW_S = 10
@@ -102,6 +102,7 @@ class Metrics:
         self._http = Counter("http_requests", "Requests by route.", HTTP_LABELS, registry=self.registry)
         self._http_s = Histogram("http_request_duration_seconds", "Time until the last byte.", ("handler", "method"),
                                  registry=self.registry, buckets=LATENCY_BUCKETS)  # fmt: skip
+        ProcessCollector(registry=self.registry)  # process_resident_memory_bytes and the like, as of any server
         self._live = LiveCollector(self._labels, self._rate)
         self.registry.register(self._live)
 
@@ -231,6 +232,8 @@ class LiveCollector(Collector):
         status = self.status()
         if status is not None:
             yield self._gauge("spq:ready", "1 while requests are served, or wake the model.", float(status.accepts))
+            phases = {phase: float(phase == status.phase) for phase in get_args(Phase)}
+            yield self._gauges("spq:phase", "1 for the phase the server is in.", "phase", phases)
             yield self._gauges("vllm:engine_sleep_state", "1 for the state the engine is in.", "sleep_state",
                                sleep_states(status.phase))  # fmt: skip
             yield self._gauge("spq:startup_progress", "Share of the start that is done.", status.progress)
