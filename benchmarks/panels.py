@@ -39,6 +39,7 @@ class Panel:
     kind: str
     unit: str
     stacked: bool
+    place: tuple[int, int, int, int]  # x, y, width, height, of a page 24 wide
     queries: tuple[Query, ...]
 
 
@@ -57,8 +58,18 @@ def panels(document: Mapping[str, Any], values: Mapping[str, str]) -> list[Panel
             continue
         defaults = panel["fieldConfig"]["defaults"]
         stacked = defaults.get("custom", {}).get("stacking", {}).get("mode") == "normal"
-        queries = tuple(_queries(panel["targets"], values))
-        found.append(Panel(panel["title"], row, panel["type"], defaults.get("unit", "none"), stacked, queries))
+        x, y, width, height = (panel["gridPos"][name] for name in "xywh")
+        found.append(
+            Panel(
+                title=panel["title"],
+                row=row,
+                kind=panel["type"],
+                unit=defaults.get("unit", "none"),
+                stacked=stacked,
+                place=(x, y, width, height),
+                queries=tuple(_queries(panel["targets"], values)),
+            )
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""A Prometheus with this project's own configuration, scrape by scrape as deployed but each second, beside given servers.
+"""A Prometheus with this project's own configuration, but a scrape each second, beside given servers.
 
 Not what is watched (deploy/prometheus says that) nor what is drawn (`benchmarks.panels` and `benchmarks.dashboard`).
 The binary is Debian's package `prometheus`, on the path or unpacked by `make test`; no package index of Python has one.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from server.engine.engine import EngineStats, ModelInfo
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
+# Of refusals, from the first scrape on, so that the first one is in a rate; others appear when they come.
+REFUSED_REASONS = ("queue_full", "rate_limit_exceeded", "model_loading", "draining", "request_timeout")
 RATE_WINDOW_S = 10
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
                 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -77,6 +79,8 @@ class Metrics:
             self._success.labels(**self._labels, finished_reason=reason)
         self._rejections = Counter("vllm:admission_rejections", "Refused with 503, 429, 408, or as no HTTP, by reason.",
                                    ("model_name", "reason"), registry=self.registry)  # fmt: skip
+        for reason in REFUSED_REASONS:
+            self._rejections.labels(model_name=model_name, reason=reason)
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._itl = self._tally(
             "vllm:inter_token_latency_seconds", "Time between two tokens of a sequence.", ITL_BUCKETS
