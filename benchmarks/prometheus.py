@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 UNPACKED = ROOT / ".venv" / "prometheus" / "usr" / "bin"  # by the Makefile
 SCRAPE_S = 1
-START_S = 30.0
+START_S = 60.0
 
 
 class NoPrometheus(RuntimeError):
