@@ -22,16 +22,16 @@ serve: export SPQ_MODEL ?= demo/storyteller
 serve:
 	@exec $(RUN) -m server $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Run the whole test suite
+test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Run the whole test suite
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 
-check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Lint, check the format and the types, and run the tests that need no GPU
+check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Lint, check the format and the types, and run the tests that need no GPU
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	@HF_HUB_OFFLINE=1 $(PYTEST) -m "not gpu and not program" $(ARGS)
 
-coverage: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Which lines of server/ its tests run; one process, half an hour
+coverage: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Which lines of server/ its tests run; one process, half an hour
 	@$(RUN) -m coverage erase
 	@HF_HUB_OFFLINE=1 $(RUN) -m coverage run -m pytest tests/server $(ARGS)
 	@$(RUN) -m coverage combine --quiet
@@ -85,3 +85,14 @@ $(VENV)/.node: $(NODE)/package.json $(NODE)/package-lock.json $(VENV)/.created
 	@mkdir -p $(VENV)/node && cp $(NODE)/package.json $(NODE)/package-lock.json $(VENV)/node
 	@if command -v npm >/dev/null; then npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund && touch $@ || \
 		echo "npm could not install the Node client; its tests skip" >&2; fi
+
+# No package index of Python or Node has Prometheus: the distribution's is unpacked here, nothing is installed and no root
+# needed. Without apt, or where it reaches no mirror, the tests that need it skip by name.
+PROMETHEUS := $(VENV)/prometheus
+APT := apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Dir::State::Lists="$(CURDIR)/$(PROMETHEUS)/lists" \
+	-o Dir::Cache="$(CURDIR)/$(PROMETHEUS)/cache"
+$(VENV)/.prometheus: $(VENV)/.created
+	@if command -v prometheus >/dev/null && command -v promtool >/dev/null; then touch $@; else \
+		mkdir -p $(PROMETHEUS)/lists/partial $(PROMETHEUS)/cache/archives/partial && cd $(PROMETHEUS) && \
+		$(APT) update && $(APT) download prometheus && dpkg-deb --extract prometheus_*.deb . && rm -rf lists cache *.deb && \
+		touch "$(CURDIR)/$@" || echo "prometheus could not be fetched; its tests skip" >&2; fi

@@ -10,20 +10,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.core import SamplingParams, Sequence, StepTimes
+from server.progress import Phase, Status
 from server.tally import Tally
 
 if TYPE_CHECKING:
     from server.engine.engine import EngineStats, ModelInfo
-    from server.progress import Phase, Status
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
+# Of refusals, from the first scrape on, so that the first one is in a rate; others appear when they come.
+REFUSED_REASONS = ("queue_full", "rate_limit_exceeded", "model_loading", "draining", "request_timeout")
 RATE_WINDOW_S = 10
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
                 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -77,6 +79,8 @@ class Metrics:
             self._success.labels(**self._labels, finished_reason=reason)
         self._rejections = Counter("vllm:admission_rejections", "Refused with 503, 429, 408, or as no HTTP, by reason.",
                                    ("model_name", "reason"), registry=self.registry)  # fmt: skip
+        for reason in REFUSED_REASONS:
+            self._rejections.labels(model_name=model_name, reason=reason)
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._itl = self._tally(
             "vllm:inter_token_latency_seconds", "Time between two tokens of a sequence.", ITL_BUCKETS
@@ -102,6 +106,7 @@ class Metrics:
         self._http = Counter("http_requests", "Requests by route.", HTTP_LABELS, registry=self.registry)
         self._http_s = Histogram("http_request_duration_seconds", "Time until the last byte.", ("handler", "method"),
                                  registry=self.registry, buckets=LATENCY_BUCKETS)  # fmt: skip
+        ProcessCollector(registry=self.registry)  # process_resident_memory_bytes and the like, as of any server
         self._live = LiveCollector(self._labels, self._rate)
         self.registry.register(self._live)
 
@@ -231,6 +236,8 @@ class LiveCollector(Collector):
         status = self.status()
         if status is not None:
             yield self._gauge("spq:ready", "1 while requests are served, or wake the model.", float(status.accepts))
+            phases = {phase: float(phase == status.phase) for phase in get_args(Phase)}
+            yield self._gauges("spq:phase", "1 for the phase the server is in.", "phase", phases)
             yield self._gauges("vllm:engine_sleep_state", "1 for the state the engine is in.", "sleep_state",
                                sleep_states(status.phase))  # fmt: skip
             yield self._gauge("spq:startup_progress", "Share of the start that is done.", status.progress)

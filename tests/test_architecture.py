@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.model": (*LEAVES, "spq", "kernels"),
     "server.engine": (*LEAVES, "server.scheduler", "server.model", "spq", "kernels"),
     "server.tally": (),
-    "server.metrics": (*LEAVES, "server.tally", "server.engine", "server.progress"),  # the latter two for their types
+    "server.metrics": (*LEAVES, "server.tally", "server.engine", "server.progress"),  # engine: its types
     "server.api": (*LEAVES, "server.engine", "server.service", "server.door", "server.metrics", "server.tokenizer",
                    "server.detokenizer"),
     "server.page": ("server.errors",),  # sends files; what it shows comes through the API

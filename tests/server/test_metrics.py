@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from server.core import SamplingParams, Sequence, StepTimes, Timings
-from server.metrics import FINISHED_REASONS, Metrics, TokenRate
+from server.metrics import FINISHED_REASONS, REFUSED_REASONS, Metrics, TokenRate
+from server.progress import Phase
 from server.tally import Tally
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
           "vllm:gpu_cache_usage_perc", "vllm:cache_config_info", "spq:memory_bytes", "spq:compression_ratio",
           "spq:ranks_kept", "spq:generation_tokens_per_second", "spq:startup_seconds", "spq:ready",
-          "vllm:engine_sleep_state"}  # fmt: skip
+          "vllm:engine_sleep_state", "spq:phase", "process_resident_memory_bytes"}  # fmt: skip
 COUNTERS = {"vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:prompt_tokens_cached_total",
             "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
             "vllm:request_success_total", "vllm:admission_rejections_total", "http_requests_total"}  # fmt: skip
@@ -112,6 +113,26 @@ def test_states_of_sleep_have_vllms_names(phase: str, state: str) -> None:
     metrics = bound(status=SimpleNamespace(phase=phase, accepts=True, progress=1.0, phase_seconds={}))
     for name in ("awake", "weights_offloaded", "discard_all"):
         assert value(metrics, "vllm:engine_sleep_state", sleep_state=name) == float(name == state)
+
+
+@pytest.mark.parametrize("phase", ["compressing", "ready", "failed"])
+def test_one_phase_is_on(phase: str) -> None:
+    metrics = bound(status=SimpleNamespace(phase=phase, accepts=False, progress=0.5, phase_seconds={}))
+    on = {name for name in get_args(Phase) if value(metrics, "spq:phase", phase=name) == 1}
+    assert on == {phase}
+    assert value(metrics, "spq:phase", phase="sleeping") == 0
+
+
+def test_the_first_refusal_adds_to_what_was_there() -> None:
+    metrics = Metrics("tiny")
+    for reason in REFUSED_REASONS:
+        assert metrics.registry.get_sample_value("vllm:admission_rejections_total", refused(reason)) == 0
+    metrics.rejected("queue_full")
+    assert metrics.registry.get_sample_value("vllm:admission_rejections_total", refused("queue_full")) == 1
+
+
+def refused(reason: str) -> dict[str, str]:
+    return {"model_name": "tiny", "reason": reason}
 
 
 def test_an_uncompressed_model_has_no_compression_numbers() -> None:
