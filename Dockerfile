@@ -7,7 +7,8 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 # --- to build: a compiler, and an environment with all but torch, whose files are checked against the lock ---
 FROM ${PYTHON_IMAGE} AS build
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+    TORCH=/opt/venv/lib/python3.11/site-packages/torch
 # The compiler stays in this stage, so any version that Debian 12 has will do.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -31,17 +32,20 @@ RUN python -m pip --python /opt/venv/bin/python install --no-deps --no-build-iso
 
 
 # --- torch for CPUs: on PyTorch's own index, not on PyPI, and therefore pinned by version and local part, without a
-# hash. pip checks the download against the hash that the index states. TORCH_INDEX= (empty) asks pip's own settings. ---
+# hash. pip checks the download against the hash that the index states. TORCH_INDEX= (empty) asks pip's own settings.
+# Its tests and C++ headers, a tenth of the image, are of no use to a server. ---
 FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m pip --python /opt/venv/bin/python install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-        torch==2.13.0+cpu
+        torch==2.13.0+cpu \
+    && rm -rf "$TORCH/test" "$TORCH/include"
 
 
 # --- torch for GPUs, the CUDA libraries and triton, checked against their lock ---
 FROM build AS build-cuda
 COPY requirements-cuda.lock ./
-RUN python -m pip --python /opt/venv/bin/python install --no-deps --require-hashes -r requirements-cuda.lock
+RUN python -m pip --python /opt/venv/bin/python install --no-deps --require-hashes -r requirements-cuda.lock \
+    && rm -rf "$TORCH/test" "$TORCH/include"
 # Triton compiles one C module when it first sees a GPU. It is compiled here, so that the image needs no compiler.
 COPY deploy/triton_module.py deploy/prebuilt_cc.sh ./
 RUN /opt/venv/bin/python triton_module.py /opt/triton && install -m 755 prebuilt_cc.sh /opt/triton/cc

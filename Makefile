@@ -9,7 +9,7 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 ARGS ?=
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check coverage bench clean
+.PHONY: help serve test check coverage bench image clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -38,6 +38,9 @@ coverage: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node ## Which lines of server/ 
 
 bench: $(VENV)/.runtime ## Time the kernels on this machine
 	@exec $(RUN) -m kernels.bench $(ARGS)
+
+image: ## Build the cpu container image without Docker, run it and check it (buildah, podman, root)
+	@deploy/build_image.sh
 
 clean: ## Remove .venv and caches (compressed models in the cache folder stay)
 	rm -f kernels/native/*.so

@@ -1,15 +1,15 @@
 """`python healthcheck.py`: exit status 0 when the server of this container answers /ready with 200, else 1.
 
-The image has no curl. The address is the server's own: SPQ_PORT, and HTTPS where SPQ_TLS_CERT is set; the certificate is
-made for another name than the loopback's, so it is not checked.
+The image has no curl. The address is the server's own: SPQ_PORT, and HTTPS where SPQ_TLS_CERT is set; the certificate
+is made for another name than the loopback's, so it is not checked.
 """
 
 from __future__ import annotations
 
+import http.client
 import os
 import ssl
 import sys
-import urllib.error
 import urllib.request
 
 TIMEOUT_S = 4
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         with direct.open(url, timeout=TIMEOUT_S) as answer:
             print(answer.read().decode())
-    except (urllib.error.URLError, OSError) as error:  # HTTPError, with /ready's 503, is a URLError
+    except (OSError, http.client.HTTPException) as error:  # an OSError too: HTTPError, which is /ready's 503
         print(f"{url}: {error}", file=sys.stderr)
         return 1
     return 0
