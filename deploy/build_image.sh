@@ -9,10 +9,12 @@
 #   RUN_FLAGS     more arguments of `podman run`
 #   PORT          where the container listens, on this machine's loopback (default 8123)
 #   SKIP_BUILD=1  check an image that is there
+#   MAX_BYTES     size at most (default 1.5 GB, what the README says)
 set -eu
 cd "$(dirname "$0")/.."
 IMAGE=${IMAGE:-localhost/spq-serve:cpu}
 PORT=${PORT:-8123}
+MAX_BYTES=${MAX_BYTES:-1500000000}
 NAME=spq-image-check
 URL=http://127.0.0.1:$PORT
 work=$(mktemp -d)
@@ -74,6 +76,8 @@ status=$(podman inspect --format '{{.State.ExitCode}}' "$NAME")
 [ "$status" = 0 ] || fail "status $status after the drain"
 say "drained: $before of $(grep -c delta "$work/stream") chunks had come when SIGTERM was sent; status 0"
 
-say "size: $(podman image inspect --format '{{.Size}}' "$IMAGE") bytes"
+size=$(podman image inspect --format '{{.Size}}' "$IMAGE")
+[ "$size" -le "$MAX_BYTES" ] || fail "$size bytes; the README says at most $MAX_BYTES"
+say "size: $size bytes"
 podman history --human=false --format '{{.Size}} {{.CreatedBy}}' "$IMAGE" | cut -c 1-100 | grep -v '^0 '
 echo "image ok"
