@@ -10,7 +10,7 @@ ARGS ?=
 RIVALS ?= $(HOME)/.cache/spq-serve/rivals
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check coverage bench compare clean
+.PHONY: help serve test check coverage bench compare image clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -45,6 +45,9 @@ compare: $(VENV)/.loadtest ## The server beside llama.cpp, vLLM and transformers
 	@$(RUN) -m loadtest.compare --model "$(RIVALS)/model" --rivals "$(RIVALS)" --cache "$(RIVALS)/cache" \
 		--servers ours,ours-int4,llama.cpp-q8_0,llama.cpp-q4_0,vllm-gptq4,vllm-float32,transformers-gptq4 \
 		--note "Random weights tell speed and memory. Quality, on trained models: docs/results.md." $(ARGS)
+
+image: ## Build the cpu container image without Docker, run it and check it (buildah, podman, root)
+	@deploy/build_image.sh
 
 clean: ## Remove .venv and caches (compressed models in the cache folder stay)
 	rm -f kernels/native/*.so
