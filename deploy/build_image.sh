@@ -59,7 +59,8 @@ curl --fail --silent --show-error "$URL/v1/chat/completions" -H 'Content-Type: a
 grep -F '"completion_tokens":12' "$work/chat" >/dev/null || fail "a chat of other length: $(cat "$work/chat")"
 say "chat: $(cat "$work/chat")"
 
-# The drain (32 answers, so that it takes seconds): a stream that has begun is finished after SIGTERM, and only then does the server leave, with status 0.
+# The drain: a stream that has begun is finished after SIGTERM, and only then does the server leave, with status 0.
+# 32 answers in it, so that it takes seconds.
 curl --silent --no-buffer "$URL/v1/chat/completions" -H 'Content-Type: application/json' \
     -d "$chat, \"n\": 32, \"max_tokens\": 900, \"ignore_eos\": true, \"stream\": true}" > "$work/stream" &
 client=$!
