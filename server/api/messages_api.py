@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
-from pydantic_core import to_json
 from starlette.responses import Response
 
 from server.api.answer import Delta, Plan
@@ -24,7 +23,7 @@ from server.api.generate import TokenCounts, generate
 from server.api.message_answer import Blocks, CountAnswer, Event, MessageAnswer, MessageUsage, StopReason
 from server.api.message_request import CountRequest, MessageRequest
 from server.api.plan import check_priority
-from server.api.sse import EventStream, until_disconnect
+from server.api.sse import EventStream, named_event, until_disconnect
 from server.api.tool_use import ToolUse, tool_format
 from server.engine.engine import Engine
 from server.errors import ServeError
@@ -132,10 +131,8 @@ class _Call:
 
 
 def _error_event(error: ServeError) -> bytes:
-    return _written([("error", error_fields(error))])
+    return named_event("error", error_fields(error))
 
 
 def _written(events: list[Event]) -> bytes:
-    return b"".join(
-        f"event: {kind}\n".encode() + b"data: " + to_json({"type": kind, **fields}) + b"\n\n" for kind, fields in events
-    )
+    return b"".join(named_event(kind, fields) for kind, fields in events)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Request
-from pydantic_core import to_json
 from starlette.responses import Response
 
 from server.api.answer import Delta, Plan, TokenEntry
@@ -42,7 +41,7 @@ from server.api.response_request import ResponseRequest
 from server.api.response_store import ResponseStore, StoredResponse
 from server.api.responses import ChatTokenLogprob
 from server.api.sampling import first_given
-from server.api.sse import EventStream, until_disconnect
+from server.api.sse import EventStream, named_event, until_disconnect
 from server.api.tool_use import ToolUse
 from server.engine.engine import Engine
 from server.errors import BadRequest, ServeError
@@ -195,8 +194,7 @@ class _Call:
     def _written(self, *events: Event) -> bytes:
         data = b""
         for kind, fields in events:
-            payload = to_json({"type": kind, "sequence_number": self._num_events, **fields})
-            data += f"event: {kind}\n".encode() + b"data: " + payload + b"\n\n"
+            data += named_event(kind, {"sequence_number": self._num_events, **fields})
             self._num_events += 1
         return data
 

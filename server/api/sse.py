@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -28,6 +29,11 @@ DONE = b"data: [DONE]\n\n"
 def event(payload: bytes) -> bytes:
     """One event. The payload has no line breaks, as JSON without indentation has none."""
     return b"data: " + payload + b"\n\n"
+
+
+def named_event(kind: str, fields: Mapping[str, Any]) -> bytes:
+    """One event with a name, which its data repeats as `type`."""
+    return f"event: {kind}\n".encode() + event(to_json({"type": kind, **fields}))
 
 
 def _error_event(error: ServeError) -> bytes:
