@@ -21,6 +21,11 @@ from server.listener import make_server
 from server.service import Service
 from spq.sizes import parse_bytes
 
+# The engine's thread waits this long for the interpreter while the event loop has it, before it asks for it. Python's
+# default of 5 ms is three steps of a small model: 3,024 tokens/s with this and 2,681 without (median of eight rounds in
+# turn, ratios 1.02 to 1.30; demo model, 16 streams, EPYC Zen 3, 2026-11-22).
+SWITCH_S = 0.0002
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -230,6 +235,7 @@ def read_config(arguments: list[str], environment: Mapping[str, str]) -> ServerC
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
+    sys.setswitchinterval(SWITCH_S)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if config.access_log == "json":
         log_plainly_on_stdout(LOGGER)

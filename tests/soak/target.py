@@ -85,6 +85,11 @@ class Target:
             kv_share=metrics["vllm:kv_cache_usage_perc"],
         )
 
+    def cpu_s(self) -> float:
+        """CPU seconds of the server's process so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def settled(self, limit_s: float = 20.0) -> Holdings:
         """Its holdings once nothing runs and no client's connection is left, or after the limit."""
         end = time.monotonic() + limit_s
