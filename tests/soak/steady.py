@@ -2,8 +2,8 @@
 
 Short and long prompts, shared beginnings, streams and whole answers, log-probabilities, stop strings, some clients that
 leave. As many clients as the server has places, each resting for a quarter of the time that its last answer took: about
-four fifths of the places are busy, however fast the machine is at the moment. A fixed rate was 80 % only in the minute in
-which it was measured.
+four fifths of the places are busy, however fast the machine is at the moment. A fixed rate was 80 % only in the minute
+in which it was measured.
 
 Memory and latency of the last sixth are held against those of the second sixth: what drifts would show. The speed of a
 shared machine moves too, so a fixed piece of work is timed all along, and latency is counted in it.
@@ -30,6 +30,7 @@ REST = 0.25  # of the last answer's time: busy for 1 / 1.25 of the time
 PARTS = 6
 SLACK_MIB = 8.0
 SLOWER = 1.3  # of the median and p95 latency
+LEAST_S = 30.0
 PROBE_ADDITIONS, PROBE_EVERY_S = 100_000, 2.0
 SHARED = " ".join(WORDS * 6)
 
@@ -110,6 +111,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.steady", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=3600.0)
     seconds = parser.parse_args().seconds
+    if seconds < LEAST_S:
+        parser.error(f"--seconds: {seconds:g} are too few for {PARTS} parts with probes in each; give {LEAST_S:g} or more")
     with serving("--max-num-seqs", str(CLIENTS), "--kv-memory", "4MiB") as target:
         before = target.settled()
         hour = asyncio.run(run(target, seconds))
