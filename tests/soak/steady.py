@@ -112,7 +112,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0)
     seconds = parser.parse_args().seconds
     if seconds < LEAST_S:
-        parser.error(f"--seconds: {seconds:g} are too few for {PARTS} parts with probes in each; give {LEAST_S:g} or more")
+        parser.error(
+            f"--seconds: {seconds:g} are too few for {PARTS} parts with probes in each; give {LEAST_S:g} or more"
+        )
     with serving("--max-num-seqs", str(CLIENTS), "--kv-memory", "4MiB") as target:
         before = target.settled()
         hour = asyncio.run(run(target, seconds))
