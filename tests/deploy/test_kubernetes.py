@@ -104,6 +104,14 @@ def test_variables_are_options_and_secrets_come_from_the_secret() -> None:
     assert {entry["name"] for entry in secret.values()} == {"spq-serve"}
 
 
+def test_the_server_takes_the_variables_of_the_pod() -> None:
+    image = {name: value for name, value in stage("runtime").environment().items() if name.startswith("SPQ_")}
+    pod = {entry["name"]: entry.get("value", "secret") for entry in SERVER["env"]}
+    config = read_config([], image | pod)
+    assert (config.model, config.access_log, config.host) == ("/models/source", "json", "0.0.0.0")
+    assert (config.api_keys, config.admin_key) == (("secret",), "secret")
+
+
 def test_no_service_can_set_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     """Kubernetes sets SPQ_PORT for a Service of the name spq, unless told not to."""
     with pytest.raises(SystemExit):
