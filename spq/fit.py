@@ -25,7 +25,7 @@ from spq.recipe import Recipe, Storage
 from spq.sizes import format_bytes, parse_bytes
 from spq.tiles import round_up, tile_multiple
 
-STEP_TOKENS = 2048  # the server's default largest step
+STEP_TOKENS = 512  # the server's default largest step
 DRIVER_BYTES = 500 << 20  # context, libraries and kernels of a CUDA process with torch; varies by card and driver
 REACHED = 0.75  # share of the bandwidth that fused decode kernels are assumed to reach
 STORAGE = Storage(group=128, symmetric=False, float_bytes=2)

@@ -1,6 +1,7 @@
 """The operator's key: what `/admin/` asks for, and nothing else takes. Without --admin-key there is no way in.
 
-Not the keys of clients (`server.api.keys`), which open nothing here, as this one opens nothing there.
+Not the keys of clients (`server.api.keys`), which open nothing here, as this one opens nothing there; nor taken from
+x-api-key, which only clients of /v1/messages need.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.docs import ADMIN
 from server.api.failures import error_response
-from server.api.keys import Key, KeyFileError, digest, find_key
+from server.api.keys import Key, KeyFileError, digest, find_bearer
 from server.api.record import current_record
 from server.config import ServerConfig
 from server.errors import Forbidden, ServeError, Unauthorized
@@ -51,7 +52,7 @@ class AdminKey:
     def _refusal(self, headers: Headers) -> ServeError | None:
         if self.key is None:
             return Forbidden("/admin is closed: the server was started without --admin-key (SPQ_ADMIN_KEY)")
-        if find_key((self.key,), headers) is None:
+        if find_bearer((self.key,), headers.get("authorization", "")) is None:
             return Unauthorized(
                 "the admin key is needed; send it as Authorization: Bearer KEY. An API key does not do",
                 headers={"WWW-Authenticate": "Bearer"},

@@ -86,9 +86,10 @@ def install_schema(app: FastAPI) -> None:
 def _complete(schema: dict[str, Any]) -> dict[str, Any]:
     schema["components"]["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer", "description": "where the operator has set --api-key"},
+        "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "the same key"},
         "admin": {"type": "http", "scheme": "bearer", "description": "of --admin-key; without one /admin is closed"},
     }
-    schema["security"] = [{}, {"key": []}]
+    schema["security"] = [{}, {"key": []}, {"x_api_key": []}]
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             _exemplify(operation, EXAMPLES[method, path])

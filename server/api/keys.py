@@ -113,7 +113,11 @@ def digest(key: bytes) -> bytes:
 
 def find_key(keys: Sequence[Key], headers: Headers) -> Key | None:
     """Whose key a request holds: as Authorization: Bearer, or in Anthropic's header."""
-    authorization = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
+    return find_bearer(keys, headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}")
+
+
+def find_bearer(keys: Sequence[Key], authorization: str) -> Key | None:
+    """Whose key stands in an Authorization header."""
     scheme, _, secret = authorization.partition(" ")
     given = digest(secret.strip().encode("latin-1"))
     # All keys are compared, so that the time says nothing about which one is near.

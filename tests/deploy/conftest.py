@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prometheus import NoPrometheus, Prometheus, find_binary, watch
+from benchmarks.prometheus import NoPrometheus, Prometheus, Series, find_binary, watch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "server"))  # for `live`
@@ -22,7 +22,15 @@ sys.path.insert(0, str(HERE.parent / "server"))  # for `live`
 PROMPT = (
     "The captain looked at the sea and at the sky, went down to his men, sat at their table, and after a time he said"
 )
-ROUNDS = 4  # over as many seconds, so that there are rates
+MOST = 8  # requests at once, more than there is room for
+WAIT_S = 180.0  # on a busy machine; a scrape fails where it takes more than its second, and the next one comes
+# All that the tests ask about has been scraped: both servers, finished answers, refusals, and tokens by the second.
+SEEN = (
+    'sum(up{job=~"spq|gptq"}) == 2',
+    'vllm:request_success_total{job="spq", finished_reason="length"} >= 4',
+    'sum(http_requests_total{job="spq", status="503"}) > 0',
+    'rate(vllm:generation_tokens_total{job="spq"}[1m]) > 0',
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,17 @@ class Watched:
 
     prometheus: Prometheus
     page: str  # our /metrics, after the traffic
+
+    def ask(self, expr: str, count: int = 1) -> list[Series]:
+        """What a query gives, once it has so many series: a scrape that fails takes those of its target away."""
+        found: list[Series] = []
+
+        def enough() -> bool:
+            found[:] = self.prometheus.query(expr)
+            return len(found) >= count
+
+        wait_until(enough, expr)
+        return found
 
 
 class Page(BaseHTTPRequestHandler):
@@ -75,15 +94,15 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     threading.Thread(target=vllm.serve_forever, daemon=True).start()
     with serve(model, max_num_seqs=2, max_queue=1) as live:
         targets = {"spq": [live.url.removeprefix("http://")], "gptq": [f"127.0.0.1:{vllm.server_port}"]}
-        with watch(targets, folder) as prometheus, ThreadPoolExecutor(8) as pool:
-            for _ in range(ROUNDS):
-                started = time.monotonic()
-                bodies = [
-                    {"prompt": PROMPT, "max_tokens": 16, "model": "demo"}
-                ] * 8  # more than there is room for, where they overlap
-                statuses = list(pool.map(lambda body: live.post("/v1/completions", **body).status_code, bodies))
+        with watch(targets, folder) as prometheus, ThreadPoolExecutor(MOST) as pool:
+
+            def seen() -> bool:
+                body = {"prompt": PROMPT, "max_tokens": 64, "ignore_eos": True}
+                statuses = list(pool.map(lambda _: live.post("/v1/completions", **body).status_code, range(MOST)))
                 assert 200 in statuses and set(statuses) <= {200, 503}, statuses
-                time.sleep(max(0.0, 1 - (time.monotonic() - started)))
+                return all(prometheus.query(expr) for expr in SEEN)
+
+            wait_until(seen, "Prometheus has seen the servers and their load")
             yield Watched(prometheus, httpx.get(f"{live.url}/metrics").text)
     vllm.shutdown()
 
@@ -93,3 +112,11 @@ def binary(name: str) -> Path:
         return find_binary(name)
     except NoPrometheus as error:
         pytest.skip(str(error))
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Ask until it holds."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, f"not within {WAIT_S} s: {what}"
+        time.sleep(0.2)

@@ -12,10 +12,10 @@ import yaml
 
 from benchmarks.panels import FILE, Panel, everything, fill, load, panels, variables
 from benchmarks.prometheus import CONFIG, Prometheus
-from tests.deploy.conftest import Watched
+from tests.deploy.conftest import WAIT_S, Watched
 
 DASHBOARD = load()
-VALUES = everything("10s")
+VALUES = everything("1m")  # two scrapes of it must have succeeded
 PANELS = panels(DASHBOARD, VALUES)
 PROVISIONING = FILE.parents[1] / "provisioning"
 KINDS = {"timeseries", "stat", "table", "row"}
@@ -25,7 +25,6 @@ NEEDS_A_GPU = {"Card: memory in use and in all"}  # dcgm-exporter
 ONLY_OURS = {"Phase", "Last start", "spq: device memory by kind", "Compression", "Rank kept",
              "What compression did", "spq: duration of a step", "spq: mean step by phase",
              "Guessed tokens that were right"}  # fmt: skip
-WAIT_S = 20
 
 
 def answers(prometheus: Prometheus, panel: Panel, job: str) -> list[bool]:
@@ -33,24 +32,18 @@ def answers(prometheus: Prometheus, panel: Panel, job: str) -> list[bool]:
     return [any(s.labels.get("job", job) == job for s in prometheus.query(query.expr)) for query in panel.queries]
 
 
-def within(prometheus: Prometheus, panel: Panel, job: str) -> bool:
-    end = time.monotonic() + WAIT_S
-    while not all(answers(prometheus, panel, job)):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.5)
-    return True
-
-
 def test_every_query_has_an_answer_for_every_server_that_tells(watched: Watched) -> None:
     assert {panel.title for panel in PANELS} > NEEDS_A_GPU | ONLY_OURS
     missing = [
-        (job, panel.title)
+        (job, panel)
         for job, without in (("spq", NEEDS_A_GPU), ("gptq", NEEDS_A_GPU | ONLY_OURS))
         for panel in PANELS
-        if panel.title not in without and not within(watched.prometheus, panel, job)
+        if panel.title not in without
     ]
-    assert not missing
+    end = time.monotonic() + WAIT_S
+    while missing := [(job, panel) for job, panel in missing if not all(answers(watched.prometheus, panel, job))]:
+        assert time.monotonic() < end, [(job, panel.title) for job, panel in missing]
+        time.sleep(0.5)
 
 
 def test_what_is_said_to_be_ours_alone_has_no_answer_from_vllm(watched: Watched) -> None:
@@ -67,10 +60,10 @@ def test_what_needs_a_gpu_is_understood_at_least(watched: Watched) -> None:
 
 def test_the_figures_are_those_of_the_server(watched: Watched) -> None:
     by_title = {panel.title: panel for panel in PANELS}
-    (ledger, whole) = (watched.prometheus.query(query.expr) for query in by_title["spq: device memory by kind"].queries)
+    (ledger, whole) = (watched.ask(query.expr) for query in by_title["spq: device memory by kind"].queries)
     assert whole[0].points[0][1] > 0
     assert sum(series.points[0][1] for series in ledger) == pytest.approx(whole[0].points[0][1])
-    names = [query.name(s.labels) for query in by_title["Ready"].queries for s in watched.prometheus.query(query.expr)]
+    names = [query.name(s.labels) for query in by_title["Ready"].queries for s in watched.ask(query.expr, 2)]
     assert {name.split()[0] for name in names} == {"spq", "gptq"}
 
 
@@ -79,7 +72,7 @@ def test_variables_and_alerts_are_understood(watched: Watched) -> None:
     assert set(found) == {"job", "instance", "model"}
     for name, query in found.items():
         expr, label = fill(query, VALUES).removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
-        assert {s.labels[label] for s in watched.prometheus.query(expr)}, name
+        assert {s.labels[label] for s in watched.ask(expr)}, name
     for annotation in DASHBOARD["annotations"]["list"]:
         watched.prometheus.query(fill(annotation["expr"], VALUES))
     with pytest.raises(ValueError, match="parse error"):

@@ -56,12 +56,11 @@ def test_our_page_passes_the_linter_but_for_vllms_own_names(promtool: Path, watc
 
 
 def test_a_real_prometheus_scrapes_the_server_and_loads_the_alerts(watched: Watched) -> None:
-    up = {series.labels["job"]: series.points[0][1] for series in watched.prometheus.query("up")}
-    assert up == {"spq": 1, "gptq": 1}
-    (served,) = watched.prometheus.query('vllm:request_success_total{job="spq", finished_reason="length"}')
+    assert {series.labels["job"] for series in watched.ask("up == 1", 2)} == {"spq", "gptq"}
+    (served,) = watched.ask('vllm:request_success_total{job="spq", finished_reason="length"}')
     assert served.points[0][1] >= 4
     for kind in ("weights", "kv", "free"):
-        assert watched.prometheus.query(f'spq:memory_bytes{{kind="{kind}"}}'), kind
+        assert watched.ask(f'spq:memory_bytes{{kind="{kind}"}}'), kind
     assert "EngineDead" in watched.prometheus.rules()
 
 

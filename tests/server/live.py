@@ -100,5 +100,5 @@ def serve(folder: Path | None = None, **options: Any) -> Iterator[Live]:
         yield live
     finally:
         server.should_exit = True
-        thread.join(15)
+        thread.join(60)  # a busy machine
         assert not thread.is_alive()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from server.config import ServerConfig
 from spq.architecture import read_spec
 from spq.compress import compress
 from spq.config import SPQConfig
-from spq.fit import free_for_weights, main, plan, weight_bytes
+from spq.fit import STEP_TOKENS, free_for_weights, main, plan, weight_bytes
 
 
 @pytest.fixture
@@ -29,6 +30,21 @@ def test_weights_are_counted_as_the_compressor_writes_them(
     options = SPQConfig.preset(preset, calibration_windows=4, calibration_len=16)
     report = compress(source, tmp_path / "out", options, calibration_text=text, device=torch.device("cpu"))
     assert weight_bytes(read_spec(source), preset) == report.bytes_packed
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "qwen3"])
+def test_the_default_preset_never_takes_more_than_int8(
+    make_model: Callable[..., Path], text: str, tmp_path: Path, family: str
+) -> None:
+    """So the bytes of int8 are what to plan with before its ranks and widths are known."""
+    source = make_model(family, dtype=torch.float16)
+    options = SPQConfig.preset("default", calibration_windows=4, calibration_len=16)
+    report = compress(source, tmp_path / "out", options, calibration_text=text, device=torch.device("cpu"))
+    assert report.bytes_packed <= weight_bytes(read_spec(source), "int8")
+
+
+def test_the_largest_step_is_the_servers() -> None:
+    assert ServerConfig.model_fields["max_batch_tokens"].default == STEP_TOKENS
 
 
 def test_a_llama_of_7b(seven: Path) -> None:

@@ -40,6 +40,19 @@ def test_only_the_admin_key_opens_it(make_bench: Any, action: str, given: str | 
     assert bench.service.current.phase == "loading"
 
 
+def test_the_header_of_anthropics_clients_does_not_carry_it(make_bench: Any) -> None:
+    bench = make_bench(api_keys=("client",), admin_key="operator")
+    for headers in ({"x-api-key": "operator"}, {"x-api-key": "operator", "Authorization": ""}):
+        response = bench.client.post("/admin/sleep", headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert "Authorization: Bearer KEY" in response.json()["error"]["message"]
+    assert bench.service.current.phase == "ready"
+    schemes = bench.client.get("/openapi.json").json()["components"]["securitySchemes"]
+    assert (schemes["admin"]["type"], schemes["admin"]["scheme"]) == ("http", "bearer")
+    both = {"x-api-key": "client", **OPERATOR}
+    assert bench.client.post("/admin/sleep", headers=both).status_code == 200
+
+
 def test_the_admin_key_opens_nothing_else(make_bench: Any) -> None:
     bench = make_bench(api_keys=("client",), admin_key="operator")
     for path in ("/v1/models", "/v1/load", "/tokenizer_info", "/admin"):
@@ -91,7 +104,8 @@ def test_log_and_metrics_see_it(make_bench: Any, caplog: pytest.LogCaptureFixtur
 
 def test_the_document_says_which_key(bench: Any) -> None:
     schema = bench.client.get("/openapi.json").json()
-    assert schema["components"]["securitySchemes"].keys() == {"key", "admin"}
+    assert schema["components"]["securitySchemes"].keys() == {"key", "x_api_key", "admin"}
+    assert schema["security"] == [{}, {"key": []}, {"x_api_key": []}]
     for path, methods in schema["paths"].items():
         for operation in methods.values():
             assert operation.get("security") == ([{"admin": []}] if path.startswith("/admin/") else None)

@@ -10,7 +10,7 @@ import pytest
 
 from server.api.tool_formats import FORMATS
 from server.errors import EngineError, Overloaded
-from tests.server.api.named_events import events_of
+from tests.server.api.named_events import events_of, message_of
 
 WEATHER: Any = {
     "name": "get_weather", "description": "Weather of a city",
@@ -36,30 +36,6 @@ def ask(bench: Any, path: str = "", **body: Any) -> Any:
 
 def prompt_text(bench: Any) -> str:
     return bytes(i for i in bench.engine.requests[-1].prompt_ids if i < 256).decode()
-
-
-def whole(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The message that events make, put together as Anthropic's documentation says."""
-    message = events[0]["message"]
-    assert events[0]["type"] == "message_start" and events[-1] == {"type": "message_stop"}
-    arguments = ""
-    for event in events[1:-1]:
-        if event["type"] == "content_block_start":
-            assert event["index"] == len(message["content"])
-            message["content"].append(event["content_block"])
-            arguments = ""
-        elif event["type"] == "content_block_delta":
-            assert event["index"] == len(message["content"]) - 1
-            arguments += event["delta"].get("partial_json", "")
-            if event["delta"]["type"] == "text_delta":
-                message["content"][-1]["text"] += event["delta"]["text"]
-        elif event["type"] == "content_block_stop":
-            if message["content"][-1]["type"] == "tool_use":
-                message["content"][-1]["input"] = json.loads(arguments)
-        else:
-            assert event["type"] == "message_delta"
-            message |= event["delta"] | {"usage": event["usage"]}
-    return message
 
 
 @pytest.fixture
@@ -93,7 +69,7 @@ def test_what_is_asked_reaches_the_engine(bench: Any) -> None:
 def test_reasons_to_stop(bench: Any, stream: bool) -> None:
     def ended(**body: Any) -> tuple[Any, Any, str]:
         response = ask(bench, stream=stream, **body)
-        made = whole(events_of(response)) if stream else response.json()
+        made = message_of(events_of(response)) if stream else response.json()
         return made["stop_reason"], made["stop_sequence"], "".join(b["text"] for b in made["content"])
 
     assert ended() == ("end_turn", None, "hello world")
@@ -112,7 +88,7 @@ def test_an_empty_answer_has_no_blocks(bench: Any) -> None:
 def test_a_stream_makes_the_same_message(hermes: Any) -> None:
     for body in ({}, {"tools": [WEATHER, ADD]}):
         plain = ask(hermes, **body).json()
-        streamed = whole(events_of(ask(hermes, stream=True, **body)))
+        streamed = message_of(events_of(ask(hermes, stream=True, **body)))
         for made in (plain, streamed):
             del made["id"]
             for block in made["content"]:

@@ -7,9 +7,10 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+from anthropic._streaming import SSEDecoder as AnthropicDecoder
 from hypothesis import given
 from hypothesis import strategies as st
-from openai._streaming import SSEDecoder
+from openai._streaming import SSEDecoder as OpenAIDecoder
 from pydantic_core import to_json
 
 from server.api.chunks import TextChunks
@@ -17,6 +18,7 @@ from server.api.sse import DONE, EventStream, event
 from server.core import FinishReason
 from server.errors import EngineError
 from tests.fuzzing import examples
+from tests.server.api.named_events import message_of
 
 # What breaks framings: all that some parser takes for a line's end, marks of the protocol, pieces of emoji, NUL.
 NASTY = st.sampled_from(
@@ -28,28 +30,34 @@ texts = st.one_of(st.lists(NASTY, max_size=8).map("".join), st.text(max_size=6))
 values = st.one_of(texts, st.lists(texts, max_size=2), st.dictionaries(texts, st.one_of(texts, st.none()), max_size=2))
 
 
-def by_the_standard(pieces: list[bytes]) -> Iterator[str]:
-    """The data of each event, by the parsing rules of the HTML standard (9.2.6), however the bytes were cut."""
+Found = tuple[str, str]  # name of an event, "" where it has none, and its data
+
+
+def by_the_standard(pieces: list[bytes]) -> Iterator[Found]:
+    """Each event, by the parsing rules of the HTML standard (9.2.6), however the bytes were cut."""
     text = b"".join(pieces).decode("utf-8").removeprefix("\ufeff")
+    name = ""
     data: list[str] = []
     for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:-1]:
         if not line:
             if data:
-                yield "\n".join(data)
-            data = []
+                yield name, "\n".join(data)
+            name, data = "", []
             continue
         field, _, value = line.partition(":")
         if field == "data":
             data.append(value.removeprefix(" "))
-        assert field in ("data", ""), f"a field that we never send: {field}"
-    assert not data, "the stream ends inside an event"
+        elif field == "event":
+            name = value.removeprefix(" ")
+        assert field in ("data", "event", ""), f"a field that we never send: {field}"
+    assert not data and not name, "the stream ends inside an event"
 
 
-def by_the_openai_client(pieces: list[bytes]) -> Iterator[str]:
-    """The same by the official client's own decoder, fed as the network cut it."""
-    for found in SSEDecoder().iter_bytes(iter(pieces)):
-        assert found.event is None and found.id is None and found.retry is None
-        yield found.data
+def by_a_client(decoder: OpenAIDecoder | AnthropicDecoder, pieces: list[bytes]) -> Iterator[Found]:
+    """The same by an official client's own decoder, fed as the network cut it."""
+    for found in decoder.iter_bytes(iter(pieces)):
+        assert not found.id and found.retry is None
+        yield found.event or "", found.data
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -57,12 +65,15 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in zip([0, *ends], [*ends, len(data)], strict=True)]
 
 
-def read(data: bytes, places: list[int]) -> list[Any]:
-    """The payloads, on which both parsers must agree; [DONE] as it is."""
+def read(data: bytes, places: list[int], *, named: bool = False) -> list[Any]:
+    """The payloads, on which all parsers must agree; [DONE] as it is. A name is the type that the data tells too."""
     pieces = cut(data, places)
     found = list(by_the_standard(pieces))
-    assert list(by_the_openai_client(pieces)) == found
-    return [payload if payload == "[DONE]" else json.loads(payload) for payload in found]
+    for decoder in (OpenAIDecoder(), AnthropicDecoder()):
+        assert list(by_a_client(decoder, pieces)) == found
+    payloads = [payload if payload == "[DONE]" else json.loads(payload) for _, payload in found]
+    assert [name for name, _ in found] == [payload["type"] if named else "" for payload in payloads]
+    return payloads
 
 
 async def body_of(stream: EventStream) -> bytes:
@@ -114,9 +125,21 @@ def test_chunks_from_a_template_arrive_as_they_were(pieces: list[tuple[int, str]
 
 def text_of(events: list[Any], path: str) -> str:
     if path == "/v1/responses":
-        return "".join(e["delta"] for e in events if e.get("type") == "response.output_text.delta")
+        return "".join(e["delta"] for e in events if e["type"] == "response.output_text.delta")
+    if path == "/v1/messages":
+        return "".join(e["delta"]["text"] for e in events if e["type"] == "content_block_delta")
     choices = [e["choices"][0] for e in events if e != "[DONE]" and e.get("choices")]
     return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
+
+
+def text_of_whole(answer: dict[str, Any], path: str) -> str:
+    """Of an answer that was not streamed."""
+    if path == "/v1/responses":
+        return "".join(part["text"] for item in answer["output"] for part in item["content"])
+    if path == "/v1/messages":
+        return "".join(block["text"] for block in answer["content"])
+    choice = answer["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"] or "")
 
 
 def first_cut(text: str, stops: list[str]) -> str:
@@ -129,7 +152,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "say", "max_tokens": 150},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "say"}], "max_tokens": 150},
     "/v1/responses": {"input": "say", "max_output_tokens": 150},
+    "/v1/messages": {"messages": [{"role": "user", "content": "say"}], "max_tokens": 150},
 }
+NAMED = ("/v1/responses", "/v1/messages")  # whose events have names
 stop_lists = st.lists(st.one_of(NASTY, st.text("ab\n👧é", min_size=1, max_size=3)), max_size=3)
 
 
@@ -144,15 +169,13 @@ def test_a_streamed_answer_is_the_text_cut_at_the_stop(
     bench.script.end = FinishReason.ERROR if fails else FinishReason.STOP
     wanted = first_cut(text, stops)
     for path, body in BODIES.items():
-        asked = {"model": "tiny", **body, **({"stop": stops} if stops else {})}
+        field = "stop_sequences" if path == "/v1/messages" else "stop"
+        asked = {"model": "tiny", **body, **({field: stops} if stops else {})}
         answer = bench.post(path, {**asked, "stream": True})
         if not answer.headers["content-type"].startswith("text/event-stream"):
             assert fails and answer.status_code == 500, answer.text
             continue
-        raw = answer.content
-        if path == "/v1/responses":  # its events have names, which say nothing that the data does not
-            raw = b"".join(line + b"\n" for line in raw.split(b"\n")[:-1] if not line.startswith(b"event: "))
-        events = read(raw, places)
+        events = read(answer.content, places, named=path in NAMED)
         found = text_of(events, path)
         stopped = any(stop in text for stop in stops)
         if fails and not stopped:
@@ -160,6 +183,6 @@ def test_a_streamed_answer_is_the_text_cut_at_the_stop(
             continue
         assert found == wanted, path
         whole = bench.post(path, asked).json()
-        if path != "/v1/responses":
-            choice = whole["choices"][0]
-            assert (choice["text"] if "text" in choice else choice["message"]["content"] or "") == wanted
+        assert text_of_whole(whole, path) == wanted, path
+        if path == "/v1/messages":
+            assert message_of(events) | {"id": whole["id"]} == whole

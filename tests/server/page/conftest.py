@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from models import REPOSITORY
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
 KEY = "test-key"
@@ -24,6 +24,7 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
          "--disable-sync", "--no-first-run")  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 START_S = 180.0  # torch takes a while to import on a busy machine
+PATIENCE_MS = 20_000  # with what is to be seen in the page
 
 
 @dataclass(slots=True)
@@ -126,6 +127,7 @@ def eventually() -> Callable[..., None]:
 @pytest.fixture(scope="module")  # while it is there an event loop runs in this thread, which other tests must not meet
 def browser(chromium_path: str) -> Iterator[Browser]:
     """The Chromium of the machine. Nothing is installed for these tests but a Python package that drives it."""
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=chromium_path, args=list(FLAGS))
         yield chromium
@@ -139,7 +141,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Watched]]:
 
     def visit(url: str, *, key: str | None = None, **options: Any) -> Watched:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(PATIENCE_MS)
         if key is not None:
             context.add_init_script(f"sessionStorage.setItem('spq.key', '\"{key}\"')")
         watched = Watched(context.new_page(), url)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
+from live import serve
 from playwright.sync_api import expect
+
+from server.engine.runner import ModelRunner
 
 KEY = {"Authorization": "Bearer test-key"}
 PROMPT = "It was a cold and rainy night, and"
@@ -160,41 +164,37 @@ def test_a_stream_that_breaks_keeps_what_came(chat: Any) -> None:
         page.unroute("**/v1/chat/completions")
 
 
-def test_a_full_queue_is_said_with_the_time_to_wait(chat: Any, demo: Any, eventually: Any) -> None:
-    page = chat().page
-    settle(page, max_tokens="4", seed="1")
-    body = {"model": "storyteller", "prompt": PROMPT, "max_tokens": 900, "stream": True, "ignore_eos": True}
-    leave = threading.Event()
+def test_a_full_queue_is_said_with_the_time_to_wait(visit: Any, eventually: Any, monkeypatch: Any) -> None:
+    """The engine stands still until the page has said it: on a machine of any speed, two others fill the server."""
+    go_on = threading.Event()
+    launch = ModelRunner.launch
 
-    def occupy() -> None:
-        with httpx.stream("POST", f"{demo.url}/v1/completions", json=body, headers=KEY, timeout=60) as response:
-            for _ in response.iter_lines():
-                if leave.is_set():
-                    return
+    def held(runner: ModelRunner, *arguments: Any) -> Any:
+        assert go_on.wait(120)
+        return launch(runner, *arguments)
 
-    others = [threading.Thread(target=occupy) for _ in range(2)]
-    page.route("**/v1/chat/completions", lambda route: (fill(), route.continue_()))
-
-    def fill() -> None:  # at the last moment: the demo model is done with 900 tokens in seconds
-        for other in others:
-            other.start()
-        eventually(lambda: demo.metric("vllm:num_requests_waiting") == 1)
-
-    say(page, "May I come in?")
-    expect(page.locator("#problem")).to_contain_text("queue")
-    expect(page.locator("#problem")).to_contain_text(re.compile(r"Try again (in \d+ s|now)\."))
-    expect(page.locator("#prompt")).to_have_value("May I come in?")
-    expect(page.locator(".message")).to_have_count(0)
-    leave.set()
-    for other in others:
-        other.join()
-    page.unroute("**/v1/chat/completions")
-    eventually(lambda: demo.metric("vllm:num_requests_running") == 0)
-    page.press("#prompt", "Enter")
-    expect(page.locator("#problem")).to_be_hidden()
-    page.wait_for_selector(".assistant .text")
-    done(page)
-    expect(page.locator(".message")).to_have_count(2)
+    with serve(max_num_seqs=1, max_queue=1) as live, ThreadPoolExecutor(2) as others:
+        page = visit(live.url).page
+        page.wait_for_selector("#state[data-kind=ready]")
+        settle(page, max_tokens="4", seed="1")
+        monkeypatch.setattr(ModelRunner, "launch", held)
+        try:
+            taken = [others.submit(live.complete, PROMPT, max_tokens=4, ignore_eos=True) for _ in range(2)]
+            eventually(lambda: live.metric("vllm:num_requests_running") == 1)
+            eventually(lambda: live.metric("vllm:num_requests_waiting") == 1)
+            say(page, "May I come in?")
+            expect(page.locator("#problem")).to_contain_text("queue")
+            expect(page.locator("#problem")).to_contain_text(re.compile(r"Try again (in \d+ s|now)\."))
+            expect(page.locator("#prompt")).to_have_value("May I come in?")
+            expect(page.locator(".message")).to_have_count(0)
+        finally:
+            go_on.set()
+        assert all(answer.result()["finish_reason"] == "length" for answer in taken)
+        page.press("#prompt", "Enter")
+        expect(page.locator("#problem")).to_be_hidden()
+        page.wait_for_selector(".assistant .text")
+        done(page)
+        expect(page.locator(".message")).to_have_count(2)
 
 
 def test_a_refusal_is_shown_with_its_message_and_setting(chat: Any) -> None:
