@@ -91,8 +91,8 @@ class Lifecycle:
                 if self._revival is None or self._revival.done():
                     self._revival = asyncio.create_task(self._revive())
                 left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-                await asyncio.wait((self._revival,), timeout=left_s)
-                if not self._revival.done():
+                _, late = await asyncio.wait((self._revival,), timeout=left_s)
+                if late:  # not self._revival: another waiter may have begun the next one
                     raise DeadlineExceeded(
                         f"the request's deadline passed after {time.monotonic() - started:.1f} s, while the model was "
                         "being loaded again; allow more time"

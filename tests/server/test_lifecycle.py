@@ -196,6 +196,28 @@ def test_changes_are_made_one_after_the_other(starts: Starts, monkeypatch: pytes
     run(scene)
 
 
+def test_a_second_reload_behind_the_first_makes_no_request_late(
+    starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The door opens and shuts before those who wait look; the first of them has the model brought back once more."""
+
+    async def scene() -> None:
+        async with started(starts, monkeypatch) as service:
+            starts.may_go_on.clear()
+            reloads = [asyncio.create_task(service.life.reload())]
+            await until(lambda: not service.door.is_open)
+            requests = [asyncio.create_task(request(service)) for _ in range(3)]
+            await asyncio.sleep(0.02)
+            reloads.append(asyncio.create_task(service.life.reload()))
+            await asyncio.sleep(0.02)
+            starts.may_go_on.set()
+            assert await asyncio.gather(*requests) == [5] * 3
+            await asyncio.gather(*reloads)
+            assert starts.count == 3
+
+    run(scene)
+
+
 def test_requests_that_run_end_before_the_model_goes(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with started(starts, monkeypatch) as service:
