@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 MODEL = "demo"  # what requests call it
 STORYTELLER = ROOT / "demo" / "storyteller"
+CACHE = Path(tempfile.gettempdir()) / "spq-soak-cache"
 POOL_THREADS = (os.cpu_count() or 1) + 4  # asyncio's executor makes them when first needed, and no more
 
 
@@ -116,7 +117,7 @@ def serving(*arguments: str, program: Sequence[str] = ("-m", "server"), model: P
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SPQ_")} | {"HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as scratch:
-        environment.setdefault("SPQ_CACHE_DIR", str(Path(tempfile.gettempdir()) / "spq-soak-cache"))
+        environment.setdefault("SPQ_CACHE_DIR", str(CACHE))
         process = Running(command, environment, Path(scratch) / "log")
         try:
             process.wait_ready(f"http://127.0.0.1:{port}/ready", 300.0)
