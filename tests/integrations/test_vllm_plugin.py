@@ -2,8 +2,8 @@
 build, the plugin and this project (`make test-vllm`); minutes, so it skips by name without.
 
 Both compute in float32 with a float32 cache, by other kernels, so logits differ in their last bits. Answers must be
-equal, but where two tokens are as good as one another: the first difference may be one between logits closer than `TIE`, by
-the weights as transformers computes with them, and nothing is compared behind it.
+equal, but where two tokens are as good as one another: the first difference may be one between logits closer than
+`TIE`, as transformers computes them from the same folder, and nothing is compared behind it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "llama-linear": {},
     "mistral": {},
     "qwen2": {"intermediate_size": 150},  # no multiple of 8, which vLLM's SiLU needs
-    "qwen3": {},
+    "qwen3": {"head_dim": 32},
 }
 
 
@@ -111,7 +112,9 @@ def check_equal(folder: Path, prompts: list[list[int]], found: list[list[int]], 
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
         gap = float(logits[mine[at]] - logits[theirs[at]])
-        assert abs(gap) < TIE, f"token {at}: {mine[at]} here, {theirs[at]} in vLLM, logits {gap} apart"
+        text = f"token {at}: {mine[at]} here, {theirs[at]} in vLLM, logits {gap} apart"
+        assert abs(gap) < TIE, text
+        warnings.warn(f"a tie, {text}", stacklevel=1)
 
 
 def test_a_difference_that_is_no_tie_is_found(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class SpqQuantizationConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM i
             config = get_current_vllm_config()
             if config.lora_config is not None:
                 raise UnsupportedModelError(
-                    "LoRA adapters on spq weights are not supported; start without --enable-lora"
+                    "LoRA on spq weights is not supported; start without --enable-lora"
                 )
             if isinstance(layer, ParallelLMHead):
                 return HeadMethod(self.manifest)

@@ -65,7 +65,8 @@ class _PackedMethod:
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out of this rank]. Biases are in the products: `bias` is not given."""
         product: Product = layer.spq_product
-        return products.multiply(x, product.name, product.columns)
+        y: Tensor = products.multiply(x, product.name, product.columns)
+        return y
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Give up what was needed to load. Raises PackedFormatError where tensors have not come."""
@@ -151,7 +152,8 @@ class TableMethod(_PackedMethod, QuantizeMethodBase):  # type: ignore[misc]
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., hidden]."""
         product: Product = layer.spq_product
-        return products.embed(ids, product.name, layer.embedding_dim, product.dtype)
+        rows: Tensor = products.embed(ids, product.name, layer.embedding_dim, product.dtype)
+        return rows
 
 
 class HeadMethod(_PackedMethod, QuantizeMethodBase):  # type: ignore[misc]
