@@ -73,9 +73,7 @@ class SpqQuantizationConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM i
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
             config = get_current_vllm_config()
             if config.lora_config is not None:
-                raise UnsupportedModelError(
-                    "LoRA on spq weights is not supported; start without --enable-lora"
-                )
+                raise UnsupportedModelError("LoRA on spq weights is not supported; start without --enable-lora")
             if isinstance(layer, ParallelLMHead):
                 return HeadMethod(self.manifest)
             if isinstance(layer, VocabParallelEmbedding):

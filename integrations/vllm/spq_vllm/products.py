@@ -71,7 +71,7 @@ class Product:
             y = rows.new_zeros(len(rows), self.columns)
             for prepared, columns in self._parts:
                 y[:, columns] = self._ops.linear(rows, prepared)
-        return y.to(x.dtype).view(*x.shape[:-1], self.columns)
+        return y.to(x.dtype).contiguous().view(*x.shape[:-1], self.columns)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> [..., hidden] in the dtype of activations."""
