@@ -177,6 +177,17 @@ def test_two_ranks_answer_as_one(mixes: dict[str, Path], demo: Path, tmp_path: P
         check_equal(folder, prompts, result["tokens"], ours(folder, prompts))
 
 
+def test_a_compiled_model_answers_alike(demo: Path, tmp_path: Path) -> None:
+    """By torch.compile, vLLM's default, which needs a C++ compiler on a CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: torch cannot compile for a CPU")
+    prompts = random_prompts()
+    options = {"enforce_eager": False}
+    (result,) = run_jobs(tmp_path, [job(demo, prompts, **options)], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert "error" not in result, result
+    check_equal(demo, prompts, result["tokens"], ours(demo, prompts))
+
+
 def complete(url: str, model: str, prompt: str) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}
     answer = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=SECONDS)
