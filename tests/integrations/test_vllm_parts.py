@@ -179,6 +179,33 @@ def test_a_table_is_looked_up_and_multiplied_with(kind: str) -> None:
     torch.testing.assert_close(y, x @ table.dequantize().T, rtol=2e-3, atol=2e-3)
 
 
+def test_the_kernels_of_a_gpu_are_given_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one in Triton's interpreter: parts of a matrix, rows of an input that lie apart, a vocabulary."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    triton_ops = pytest.importorskip("kernels.gpu.backend").TritonOps(device, torch.float16)
+    monkeypatch.setattr(products, "ops_on", lambda *_: triton_ops)
+    weights = [take_columns(made(kind), (16, 64), with_bias=True) for kind in ("int8", "int4-pair", "int4-corrected")]
+    product = Product("parts.gpu", torch.float16)
+    product.fill(weights, [OUT, 112, OUT], device)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(4)).half()[:, :48]
+    y = products.multiply(x.to(device), product.name, product.columns)
+    assert y.dtype == torch.float16 and y.is_contiguous()
+    for weight, start in zip(weights, (0, OUT, OUT + 112), strict=True):
+        exact = x.float() @ weight.dequantize().T + weight.bias
+        torch.testing.assert_close(y[:, start : start + OUT].float().cpu(), exact, rtol=2e-2, atol=2e-2)
+    assert not y[:, 2 * OUT : OUT + 112].any()
+
+    table = Product("parts.gpu.table", torch.float16)
+    rows = made("int8")
+    rows.bias = None
+    table.fill_table(take_table(rows, (64, 128), 64), True, device)
+    ids = torch.tensor([0, 31, 40], device=device)  # the last fills the vocabulary up
+    found = products.embed(ids, table.name, IN, torch.float16).float().cpu()
+    torch.testing.assert_close(found[:2], rows.dequantize()[[64, 95]], rtol=2e-3, atol=2e-3)
+    assert not found[2].any()
+    assert products.multiply(torch.ones(1, IN, device=device).half(), table.name, table.columns).shape == (1, 64)
+
+
 def test_two_models_in_one_process_have_weights_of_their_own() -> None:
     first, second = Product("twice", torch.float32), Product("twice", torch.float32)
     first.fill([made("int8")], [OUT], CPU)
