@@ -10,11 +10,11 @@ ARGS ?=
 RIVALS ?= $(HOME)/.cache/spq-serve/rivals
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check coverage bench compare image clean
+.PHONY: help serve test test-vllm check coverage bench compare image clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo "ARGS=\"...\" is passed on; every option of serve is also a variable: make serve SPQ_PORT=9000"
 
 serve: $(VENV)/.runtime ## Serve demo/storyteller, or SPQ_MODEL, on port 8000
@@ -24,6 +24,14 @@ serve:
 
 test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Run the whole test suite
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
+
+test-vllm: $(VENV)/.dev ## Test the vLLM plugin; SPQ_VLLM names a Python with vLLM, which is left as it is
+	@test -n "$(SPQ_VLLM)" || { echo "say make test-vllm SPQ_VLLM=/path/to/python (of an environment with vLLM)" >&2; exit 1; }
+	"$(SPQ_VLLM)" -m venv $(VENV)/vllm
+	@"$(SPQ_VLLM)" -c 'import site; print("\n".join(site.getsitepackages()))' > "$$($(VENV)/vllm/bin/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-base.pth"
+	$(VENV)/vllm/bin/python -m pip install --no-deps --ignore-installed --editable . --editable integrations/vllm zstandard==0.25.0
+	@SPQ_VLLM_PYTHON="$(CURDIR)/$(VENV)/vllm/bin/python" $(RUN) -m pytest tests/integrations $(ARGS)
 
 check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Lint, check the format and the types, and run the tests that need no GPU
 	$(RUN) -m ruff check .

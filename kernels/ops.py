@@ -139,6 +139,10 @@ class Ops(Protocol):
         with padded rows: give it to `add_linear` as it is."""
         ...
 
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        """x [T, in] -> [T, out]; `weight` from prepare_linear. Outside of a step: layers have the fused ones above."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., n] / rms(x) * weight [n]; statistics in float32."""
         ...

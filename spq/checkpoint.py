@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kernels.weights import CorrectedWeight, DenseWeight, Int4Weight, Int8Weight, Leaf, LinearWeight, LowRankWeight
+from kernels.weights import Leaf, LinearWeight
 from spq.architecture import ModelSpec, read_spec
 from spq.entropy import CodedTensor, decode, row_blocks
 from spq.errors import ModelFileError, PackedFormatError, UnsupportedModelError
 from spq.jsonfile import read_json_object
 from spq.layout import EMBEDDING, expected_source, model_linears, model_vectors, module_has_bias
 from spq.manifest import ANY, QUANT_METHOD, Manifest, ModulePlan, TensorShapes
+from spq.stored import stored_leaf, stored_weight
 from spq.tensorfile import TensorInfo, locate_tensors, read_tensor
 
 __all__ = ["Checkpoint", "Manifest", "WeightSource", "open_model"]
@@ -76,17 +77,11 @@ class Checkpoint:
 
     def linear(self, name: str) -> LinearWeight:
         """See WeightSource. Raises ModelFileError if the model has no such matrix."""
-        plan = None if self.manifest is None else self.manifest.modules.get(name)
-        if plan is not None and plan.kind == "low_rank":
-            return self._pair(name, plan)
-        main = self._leaf(name, plan)
-        if plan is None or plan.correction is None:
-            return main
-        return CorrectedWeight(main, self._pair(f"{name}.correction", plan))
+        return stored_weight(name, self._plan(name), self._tensors, self.vector)
 
     def embedding(self) -> Leaf:
         """See WeightSource."""
-        return self._leaf(EMBEDDING, None if self.manifest is None else self.manifest.modules.get(EMBEDDING))
+        return stored_leaf(EMBEDDING, self._plan(EMBEDDING), self._tensors, self.vector)
 
     def vector(self, name: str) -> Tensor:
         """See WeightSource; also any other tensor by name, decoded where it is coded.
@@ -110,23 +105,8 @@ class Checkpoint:
         where = f"{self._tensors[f'{name}.zstd'].path}: {name}"
         return decode(coded, shape, dtype, where, torch.get_num_threads())
 
-    def _pair(self, name: str, plan: ModulePlan) -> LowRankWeight:
-        return LowRankWeight(self._leaf(f"{name}.down", plan), self._leaf(f"{name}.up", plan))
-
-    def _leaf(self, name: str, plan: ModulePlan | None) -> Leaf:
-        """The tensors under `name`; `plan` is that of the module they belong to."""
-        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
-        if f"{name}.weight" in self._tensors:
-            return DenseWeight(self.vector(f"{name}.weight"), bias)
-        qweight, scale = self.vector(f"{name}.qweight"), self.vector(f"{name}.scale")
-        if scale.dim() == 1:
-            return Int8Weight(qweight, scale, bias)
-        assert plan is not None and plan.group is not None
-        columns = plan.shape[1]
-        if name.endswith(".up"):  # its inputs are the ranks of the pair
-            columns = plan.rank or (0 if plan.correction is None else plan.correction.rank)
-        zero = None if plan.symmetric else self.vector(f"{name}.zero")
-        return Int4Weight(qweight, scale, zero, plan.group, columns, bias)
+    def _plan(self, name: str) -> ModulePlan | None:
+        return None if self.manifest is None else self.manifest.modules.get(name)
 
 
 def open_model(folder: Path) -> Checkpoint:

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "spq", "server", "loadtest", "benchmarks", "demo")
+FOLDERS = ("kernels", "spq", "server", "loadtest", "benchmarks", "demo", "spq_vllm")
+BASES = {"spq_vllm": ROOT / "integrations" / "vllm"}  # a distribution of its own; the others lie in the root
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Module:
 
 
 def load_modules() -> list[Module]:
-    paths = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
     modules = []
-    for path in paths:
-        relative = path.relative_to(ROOT)
-        parts = relative.with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        modules.append(Module(name, str(relative), path.read_text("utf-8")))
+    for folder in FOLDERS:
+        base = BASES.get(folder, ROOT)
+        for path in sorted((base / folder).rglob("*.py")):
+            parts = path.relative_to(base).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            modules.append(Module(name, str(path.relative_to(ROOT)), path.read_text("utf-8")))
     return modules
 
 

@@ -105,6 +105,10 @@ class NativeOps:
             return table.rows(token_ids)
         return table.weight.index_select(0, token_ids).float()
 
+    def linear(self, x: Tensor, weight: Joint) -> Tensor:
+        """x float32 [T, in] -> [T, out]."""
+        return weight.apply(x)[0]
+
     def run_layers(
         self, h: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, cache: Sequence[LayerKv],
         batch: AttentionBatch, scale: float,

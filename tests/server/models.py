@@ -87,7 +87,7 @@ def random_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedM
         window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1} if kind == "window" else {}
         model = Qwen2ForCausalLM(Qwen2Config(**options, **window))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **options))
+        model = Qwen3ForCausalLM(Qwen3Config(**({"head_dim": 16} | options)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
