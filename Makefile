@@ -10,11 +10,11 @@ ARGS ?=
 RIVALS ?= $(HOME)/.cache/spq-serve/rivals
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test check coverage bench compare image clean
+.PHONY: help serve test test-scale check coverage bench compare image clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "ARGS=\"...\" is passed on; every option of serve is also a variable: make serve SPQ_PORT=9000"
 
 serve: $(VENV)/.runtime ## Serve demo/storyteller, or SPQ_MODEL, on port 8000
@@ -24,6 +24,9 @@ serve:
 
 test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Run the whole test suite
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
+
+test-scale: $(VENV)/.ray ## Run the tests of server.ray_app: Ray with two nodes on this machine
+	@HF_HUB_OFFLINE=1 $(VENV)/ray/bin/python -m pytest tests/ray $(ARGS)
 
 check: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Lint, check the format and the types, and run the tests that need no GPU
 	$(RUN) -m ruff check .
@@ -80,6 +83,14 @@ $(VENV)/.loadtest: requirements-loadtest.txt $(VENV)/.runtime
 $(VENV)/.clients: requirements-clients.txt $(VENV)/.created
 	$(RUN) -m venv --without-pip $(VENV)/clients
 	$(PIP) --python $(VENV)/clients/bin/python install --no-deps --no-compile -r requirements-clients.txt
+	@touch $@
+
+# Ray and what it brings, half of what .venv takes, in an environment of its own that sees .venv's packages too.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(VENV)/.ray: requirements-ray.txt $(VENV)/.dev
+	$(RUN) -m venv --without-pip $(VENV)/ray
+	$(PIP) --python $(VENV)/ray/bin/python install --no-deps --no-compile -r requirements-ray.txt
+	@$(RUN) $(SITE) > "$$($(VENV)/ray/bin/python $(SITE))/venv.pth"
 	@touch $@
 
 # Without npm, or where it reaches no registry, the tests of the Node client skip by name.
