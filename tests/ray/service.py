@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import socket
 import tempfile
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),  # of Ray's workers: they import the clone
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.ray_edge:middleware",
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # else the proxy's own node gets all, until its replica is full
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -58,10 +58,11 @@ class Running:
     def replicas(self) -> list[Any]:
         """Those that run: each with `pid` and `node_ip`."""
         details = _get_global_client().get_serve_details()
-        found = details["applications"][NAME]["deployments"][NAME]["replicas"]
+        deployments = details["applications"].get(NAME, {}).get("deployments", {})
+        found = deployments[NAME]["replicas"] if NAME in deployments else []
         return [replica for replica in found if replica["state"] == "RUNNING"]
 
-    def wait_for_replicas(self, count: int, timeout_s: float = 120.0) -> list[Any]:
+    def wait_for_replicas(self, count: int, timeout_s: float = 300.0) -> list[Any]:
         """Until so many run on nodes that live."""
         wait_until(lambda: len(self.replicas()) == count, timeout_s)
         return self.replicas()
@@ -90,7 +91,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 def serving(num_nodes: int, **options: Any) -> Iterator[Running]:
     """As many nodes, each with a replica of the demo model, and one proxy on the first."""
     folder = tempfile.mkdtemp(prefix="spq-", dir="/tmp")  # short: sockets lie in it
-    environment = {**ENVIRONMENT, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**ENVIRONMENT, "RAY_TMPDIR": folder}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     with socket.socket() as probe:
@@ -103,7 +104,7 @@ def serving(num_nodes: int, **options: Any) -> Iterator[Running]:
             running.add_node()
         ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False)
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=port))
-        _get_global_client().deploy_apps(_configuration(folder, port, num_nodes, options), _blocking=True)
+        _get_global_client().deploy_apps(_configuration(folder, port, num_nodes, options))
         running.wait_for_replicas(num_nodes)
         yield running
     finally:

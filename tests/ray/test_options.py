@@ -87,8 +87,8 @@ def test_the_configuration_is_one_that_ray_accepts() -> None:
     assert application.import_path == "server.ray_app:app"
     (deployment,) = application.deployments
     assert deployment.name == NAME
-    bad = {**CONFIG, "applications": [{**CONFIG["applications"][0], "route_prefix": "spq"}]}
-    with pytest.raises(ValidationError, match="route_prefix"):
+    bad = {"applications": [{**CONFIG["applications"][0], "deployments": [{"name": NAME, "num_replicas": -1}]}]}
+    with pytest.raises(ValidationError, match="num_replicas"):
         ServeDeploySchema.model_validate(bad)
 
 
