@@ -126,8 +126,8 @@ def _configuration(folder: str, port: int, num_replicas: int, options: dict[str,
     config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
     (application,) = config["applications"]
     application["args"] |= {"model": str(MODEL), "served_model_name": "demo", "preset": "none", "device": "cpu",
-                            "cache_dir": folder, "kv_memory": "8MiB", "max_num_seqs": 16, "drain_timeout": 5,
-                            **options}  # fmt: skip
+                            "backend": "reference", "cache_dir": folder, "kv_memory": "128MiB", "max_num_seqs": 16,
+                            "drain_timeout": 5, **options}  # fmt: skip
     (deployment,) = application["deployments"]
     del deployment["autoscaling_config"]
     deployment |= {"num_replicas": num_replicas, "max_replicas_per_node": 1,

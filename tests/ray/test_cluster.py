@@ -21,7 +21,7 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed here: make t
 from tests.ray.service import Running, serving, wait_until
 
 pytestmark = pytest.mark.slow
-LONG = 1000  # tokens of an answer: nearly all that the model has positions for
+LONG = 400  # tokens of an answer: seconds, with the slow kernels that the replicas are given
 
 
 @pytest.fixture(scope="module")
