@@ -27,6 +27,7 @@ from loadtest.process import Running
 from server.ray_app import NAME, make_deployment, read_options
 
 ADDRESS = "127.0.0.2"  # of the node: Ray takes the machine's own address in the place of 127.0.0.1
+EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.ray_edge:middleware", "PYTHONPATH": os.getcwd()}
 START_LIMIT_S = 600
 CASES = ("alone", "1 replica", "2 replicas")
 
@@ -43,6 +44,7 @@ def free_port() -> int:
 def replicas(count: int, arguments: argparse.Namespace) -> Iterator[int]:
     """Ray with so many replicas; the port of its proxy."""
     port = free_port()
+    os.environ |= EDGE
     ray.init(num_cpus=count, include_dashboard=False, _node_ip_address=ADDRESS, log_to_driver=False,
              object_store_memory=100 * 1024**2)  # fmt: skip
     try:

@@ -18,6 +18,9 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed here: make test-scale")
 
+from ray import serve
+
+from server.ray_app import NAME
 from tests.ray.service import Running, serving, wait_until
 
 pytestmark = pytest.mark.slow
@@ -135,11 +138,11 @@ def test_the_loss_of_a_node_costs_streams_that_had_begun_and_nothing_else(servic
     (lost,) = (replica for replica in service.replicas() if replica["node_ip"] == "127.0.0.3")
     begun = threading.Barrier(9)
     with ThreadPoolExecutor(24) as pool:
+        others = [pool.submit(service.post, "/v1/completions", prompt="It was", max_tokens=2 * LONG, ignore_eos=True)
+                  for _ in range(8)]  # fmt: skip
+        time.sleep(0.2)  # they are routed first, so the replicas have them when the streams have begun
         streams = [pool.submit(events_of, service, begun, max_tokens=LONG) for _ in range(8)]
         begun.wait(60)
-        others = [pool.submit(service.post, "/v1/completions", prompt="It was", max_tokens=LONG, ignore_eos=True)
-                  for _ in range(8)]  # fmt: skip
-        time.sleep(0.2)  # both replicas have begun them
         os.kill(lost["pid"], signal.SIGKILL)  # with its machine; Ray's workers take a while to see that theirs is gone
         service.cluster.remove_node(service.nodes[1], allow_graceful=False)
         ends = [stream.result()[-1] for stream in streams]
@@ -149,7 +152,7 @@ def test_the_loss_of_a_node_costs_streams_that_had_begun_and_nothing_else(servic
     assert 0 < len(broken) < 8
     assert all(isinstance(end, dict) and end["error"]["code"] == "replica_lost" for end in broken)
     assert [answer.status_code for answer in answers] == [200] * 8
-    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [LONG] * 8
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [2 * LONG] * 8
     assert any("lost with its replica, before its answer" in line for line in service.log_lines("proxy_*.log"))
     assert [answer.status_code for answer in later] == [200] * 20
 
@@ -159,3 +162,14 @@ def test_a_node_that_joins_gets_a_replica(service: Running) -> None:
     wait_until(lambda: {replica["node_ip"] for replica in service.replicas()} == {"127.0.0.2", "127.0.0.4"}, 120)
     answers = [service.post("/v1/completions", prompt="It was", max_tokens=4).status_code for _ in range(20)]
     assert answers == [200] * 20
+
+
+def test_a_service_that_is_ended_ends_its_streams_first(service: Running) -> None:
+    """The last one: the service is gone afterwards."""
+    begun = threading.Barrier(3)
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(events_of, service, begun, max_tokens=60) for _ in range(2)]
+        begun.wait(60)
+        serve.delete(NAME)
+        assert [stream.result()[-1] for stream in streams] == ["[DONE]"] * 2
+    assert service.replicas() == []
