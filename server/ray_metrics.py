@@ -13,7 +13,7 @@ import asyncio
 from prometheus_client import CollectorRegistry
 from ray.serve.metrics import Gauge
 
-EVERY_S = 5.0  # some 500 samples in 4 ms; Ray's agents hand on what they got every 10 s
+EVERY_S = 5.0  # twice in the ten seconds after which Ray's agents are told by default
 
 
 class Published:
