@@ -10,11 +10,11 @@ ARGS ?=
 RIVALS ?= $(HOME)/.cache/spq-serve/rivals
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-vllm check coverage bench compare image clean
+.PHONY: help serve test test-scale test-vllm check coverage bench compare image clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "ARGS=\"...\" is passed on; every option of serve is also a variable: make serve SPQ_PORT=9000"
 
 serve: $(VENV)/.runtime ## Serve demo/storyteller, or SPQ_MODEL, on port 8000
@@ -24,6 +24,9 @@ serve:
 
 test: $(VENV)/.dev $(VENV)/.clients $(VENV)/.node $(VENV)/.prometheus ## Run the whole test suite
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
+
+test-scale: $(VENV)/.ray ## Run the tests of server.ray_app: Ray with two nodes on this machine
+	@HF_HUB_OFFLINE=1 $(VENV)/ray/bin/python -m pytest tests/ray $(ARGS)
 
 test-vllm: $(VENV)/.dev ## Test the vLLM plugin; SPQ_VLLM names a Python with vLLM, which is left as it is
 	@test -n "$(SPQ_VLLM)" || { echo "say make test-vllm SPQ_VLLM=/path/to/python (of an environment with vLLM)" >&2; exit 1; }
@@ -88,6 +91,14 @@ $(VENV)/.loadtest: requirements-loadtest.txt $(VENV)/.runtime
 $(VENV)/.clients: requirements-clients.txt $(VENV)/.created
 	$(RUN) -m venv --without-pip $(VENV)/clients
 	$(PIP) --python $(VENV)/clients/bin/python install --no-deps --no-compile -r requirements-clients.txt
+	@touch $@
+
+# Ray and what it brings, half of what .venv takes, in an environment of its own that sees .venv's packages too.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(VENV)/.ray: requirements-ray.txt $(VENV)/.dev
+	$(RUN) -m venv --without-pip $(VENV)/ray
+	$(PIP) --python $(VENV)/ray/bin/python install --no-deps --no-compile -r requirements-ray.txt
+	@$(RUN) $(SITE) > "$$($(VENV)/ray/bin/python $(SITE))/venv.pth"
 	@touch $@
 
 # Without npm, or where it reaches no registry, the tests of the Node client skip by name.

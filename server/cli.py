@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -25,6 +25,10 @@ from spq.sizes import parse_bytes
 # default of 5 ms is three steps of a small model: 3,024 tokens/s with this and 2,681 without (median of eight rounds in
 # turn, ratios 1.02 to 1.30; demo model, 16 streams, EPYC Zen 3, 2026-11-22).
 SWITCH_S = 0.0002
+
+
+class WrongOption(ValueError):
+    """An option that cannot be used; the message names it and says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +204,18 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 
 
 def read_config(arguments: list[str], environment: Mapping[str, str]) -> ServerConfig:
-    """Options from flags, then SPQ_* variables, then defaults. Exits with 2 and one line on a wrong one."""
+    """As `make_config`, for a command line: exits with 2 and one line on a wrong option."""
+    try:
+        return make_config(arguments, environment)
+    except WrongOption as error:
+        argparse.ArgumentParser.error(_parser(), str(error))
+
+
+def make_config(arguments: list[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
+    """Options from flags, then SPQ_* variables (None: this process's own), then defaults. Raises WrongOption."""
+    environment = os.environ if environment is None else environment
     parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
+    given, values = vars(parser.parse_args(arguments)), dict[str, Any]()
     known = {option.variable for group in OPTIONS.values() for option in group}
     for group in OPTIONS.values():
         for option in group:
@@ -236,9 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 after a drain, 1 if the model could not be served, 2 for a wrong option."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
     sys.setswitchinterval(SWITCH_S)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if config.access_log == "json":
-        log_plainly_on_stdout(LOGGER)
+    set_up_logging(config)
     service = Service(config)
     try:
         server = make_server(service)
@@ -252,16 +262,25 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def log_plainly_on_stdout(name: str) -> None:
-    """Send a logger's messages to stdout as they are, and nowhere else."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger(name)
-    log.handlers, log.propagate = [handler], False
+def set_up_logging(config: ServerConfig) -> None:
+    """What the process says goes to stderr; a JSON access log to stdout, as it is and nowhere else."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if config.access_log == "json":
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log = logging.getLogger(LOGGER)
+        log.handlers, log.propagate = [handler], False
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse's own would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongOption(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="spq-serve",
         description="Serve a LLaMA-family model over an OpenAI-compatible API, compressed with SPQ.",
         epilog="Every flag has an environment variable: --max-model-len is SPQ_MAX_MODEL_LEN. A flag wins.",

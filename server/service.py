@@ -102,6 +102,12 @@ class Service:
         """Begin start-up; outputs will be delivered on the running event loop."""
         self._first_load = asyncio.get_running_loop().create_task(self._start())
 
+    async def wait_started(self) -> None:
+        """Until the first load has ended. Raises EngineError where there is no model then."""
+        assert self._first_load is not None
+        await self._first_load
+        self.ready()
+
     async def drain(self) -> None:
         """Unready at once; accepted requests may end within the drain timeout, new ones are refused."""
         await self.life.end()

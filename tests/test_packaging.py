@@ -54,6 +54,8 @@ DIRECT = declared(PROJECT["project"]["dependencies"])
 DIRECT_DEV = declared(PROJECT["project"]["optional-dependencies"]["dev"])
 RECOVERY = declared(PROJECT["project"]["optional-dependencies"]["recovery"])
 OTEL = declared(PROJECT["project"]["optional-dependencies"]["otel"])
+RAY = read_pins("requirements-ray.txt")
+DIRECT_RAY = declared(PROJECT["project"]["optional-dependencies"]["ray"])
 DIRECT_LOADTEST = declared(PROJECT["project"]["optional-dependencies"]["loadtest"])
 
 
@@ -168,6 +170,30 @@ def test_pins_of_the_load_test_agree_with_all_others() -> None:
     assert [name for name in LOADTEST if name.startswith("torch") or PINNED_BY_TORCH.match(name)] == []
 
 
+def test_pins_of_ray_agree_with_all_others() -> None:
+    """It stands beside the runtime, and never in its place."""
+    assert {name: RAY.get(name) for name in DIRECT_RAY} == DIRECT_RAY
+    assert not set(RAY) & set(RUNTIME)
+    others = DEV | EXTRAS | LOADTEST
+    assert {name: pin for name, pin in RAY.items() if others.get(name, pin) != pin} == {}
+    assert [name for name in RAY if name.startswith("torch") or PINNED_BY_TORCH.match(name)] == []
+
+
+@pytest.mark.parametrize("name", sorted(RAY))
+def test_what_ray_needs_is_pinned(name: str) -> None:
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed here: make test-scale installs it")
+    if installed != RAY[name]:
+        pytest.skip(f"{name} {installed} is installed here, {RAY[name]} is pinned")
+    for need in map(Requirement, requires(name) or ()):
+        extra = "serve" if name == "ray" else ""
+        if need.marker is None or need.marker.evaluate({"extra": extra}):
+            pin = (RUNTIME | RAY).get(canonicalize_name(need.name))
+            assert pin and need.specifier.contains(pin, prereleases=True), f"{name} needs {need}, pinned is {pin}"
+
+
 @pytest.mark.parametrize("name", sorted(LOADTEST))
 def test_what_the_load_test_needs_is_pinned(name: str) -> None:
     try:
@@ -247,6 +273,8 @@ def test_every_import_is_declared() -> None:
             names = DIRECT | OTEL
         if module.name.startswith("spq_vllm"):
             names = DIRECT | {"vllm": "in whose environment it runs"}
+        if module.name in ("server.ray_app", "server.ray_metrics", "benchmarks.scaling"):
+            names = names | DIRECT_RAY
         if module.path.startswith("loadtest/"):
             names = DIRECT_LOADTEST
         if module.name.endswith(".bench"):  # a program for developers

@@ -27,7 +27,7 @@ RETRY_AFTER_S = 10
 @router.get("/health", responses=ERRORS)
 async def health(service: ServiceDep) -> Response:
     """200 while the process is worth keeping, also during start-up; 503 when only a restart helps."""
-    problem = _problem(service)
+    problem = find_problem(service)
     return JSONResponse({"status": "ok"}) if problem is None else error_response(Unhealthy(problem))
 
 
@@ -36,7 +36,7 @@ async def ready(service: ServiceDep) -> Response:
     """200 where requests would be served now, or wait for a model that sleeps or is loaded again; else 503. Always the
     phase and how far it is."""
     status = service.status()
-    problem = _problem(service)
+    problem = find_problem(service)
     answer = Readiness(
         phase=status.phase,
         progress=status.progress,
@@ -99,7 +99,7 @@ def _card(service: Service, name: str) -> ModelCard:
     )
 
 
-def _problem(service: Service) -> str | None:
+def find_problem(service: Service) -> str | None:
     """Why the process should be restarted, or None."""
     status = service.status()
     if status.phase == "failed":
