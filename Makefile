@@ -54,7 +54,7 @@ bench: $(VENV)/.runtime ## Time the kernels on this machine
 compare: $(VENV)/.loadtest ## The server beside llama.cpp, vLLM and transformers on this machine: installs them in RIVALS, writes report/
 	@OURS=$(RUN) PYTHON=$(PYTHON) loadtest/install_rivals.sh "$(RIVALS)"
 	@$(RUN) -m loadtest.compare --model "$(RIVALS)/model" --rivals "$(RIVALS)" --cache "$(RIVALS)/cache" \
-		--servers ours,ours-int4,llama.cpp-q8_0,llama.cpp-q4_0,vllm-gptq4,vllm-float32,transformers-gptq4 \
+		--servers ours,ours-int4,llama.cpp-q8_0,llama.cpp-q4_0,vllm-gptq4,vllm-float32,transformers-gptq4 --rounds 2 \
 		--note "Random weights tell speed and memory. Quality, on trained models: docs/results.md." $(ARGS)
 
 image: ## Build the cpu container image without Docker, run it and check it (buildah, podman, root)

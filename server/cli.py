@@ -21,9 +21,8 @@ from server.listener import make_server
 from server.service import Service
 from spq.sizes import parse_bytes
 
-# The engine's thread waits this long for the interpreter while the event loop has it, before it asks for it. Python's
-# default of 5 ms is three steps of a small model: 3,024 tokens/s with this and 2,681 without (median of eight rounds in
-# turn, ratios 1.02 to 1.30; demo model, 16 streams, EPYC Zen 3, 2026-11-22).
+# How long the engine's thread waits before it asks the event loop's for the interpreter. Python's 5 ms are three steps of a
+# small model: 3,024 tokens/s, 2,681 without (median of 8 rounds in turn, 16 streams, demo model, EPYC Zen 3, 2026-11-22).
 SWITCH_S = 0.0002
 
 
