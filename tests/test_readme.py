@@ -40,3 +40,18 @@ def test_anchors_exist() -> None:
     headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
     for anchor in re.findall(r"\]\(#([^)]+)\)", README):
         assert anchor in headings, anchor
+
+
+def test_the_comparison_is_the_report_s() -> None:
+    report = (REPOSITORY / "docs" / "compare-report" / "report.md").read_text("utf-8")
+    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in report.splitlines()]
+    by_streams: dict[str, dict[str, list[str]]] = {}
+    for row in cells:
+        if len(row) == 9 and row[2].isdecimal():
+            by_streams.setdefault(row[0], {})[row[2]] = row
+    assert len(by_streams) > 1
+    for name, rows in by_streams.items():
+        speeds = ", ".join(rows[streams][3].split()[0] for streams in ("1", "8", "16"))
+        first, gap = rows["8"][5].split(" / ")[0], rows["16"][6].split(" / ")[1]
+        wanted = f"| {name} | {rows['1'][1]} | {speeds} | {first} | {gap} | {rows['1'][7]} |"
+        assert wanted in README, f"put this row under Beside others in README.md: {wanted}"
