@@ -7,7 +7,7 @@ after, as the speed of a shared machine moves.
 
 A request that is refused takes the time of its connection whatever the model, about that of one token of the demo model
 (3 M parameters), and nine of them for every answer show there: `--model demo/storyteller`. The model is by default of
-random weights and 86 M parameters, the smallest of the sizes that people serve.
+random weights and 88 M parameters, the smallest of the sizes that people serve.
 """
 
 from __future__ import annotations
