@@ -179,34 +179,29 @@ def test_pins_of_ray_agree_with_all_others() -> None:
     assert [name for name in RAY if name.startswith("torch") or PINNED_BY_TORCH.match(name)] == []
 
 
-@pytest.mark.parametrize("name", sorted(RAY))
-def test_what_ray_needs_is_pinned(name: str) -> None:
+def check_needs(name: str, pins: dict[str, str], allowed: dict[str, str], extra: str, remedy: str) -> None:
+    """What a package of `pins` requires, in `extra` too, is in `allowed` at a version that it takes."""
     try:
         installed = version(name)
     except PackageNotFoundError:
-        pytest.skip(f"{name} is not installed here: make test-scale installs it")
-    if installed != RAY[name]:
-        pytest.skip(f"{name} {installed} is installed here, {RAY[name]} is pinned")
+        pytest.skip(f"{name} is not installed here: {remedy} installs it")
+    if installed != pins[name]:
+        pytest.skip(f"{name} {installed} is installed here, {pins[name]} is pinned")
     for need in map(Requirement, requires(name) or ()):
-        extra = "serve" if name == "ray" else ""
         if need.marker is None or need.marker.evaluate({"extra": extra}):
-            pin = (RUNTIME | RAY).get(canonicalize_name(need.name))
+            pin = allowed.get(canonicalize_name(need.name))
             assert pin and need.specifier.contains(pin, prereleases=True), f"{name} needs {need}, pinned is {pin}"
+
+
+@pytest.mark.parametrize("name", sorted(RAY))
+def test_what_ray_needs_is_pinned(name: str) -> None:
+    check_needs(name, RAY, RUNTIME | RAY, "serve" if name == "ray" else "", "make test-scale")
 
 
 @pytest.mark.parametrize("name", sorted(LOADTEST))
 def test_what_the_load_test_needs_is_pinned(name: str) -> None:
-    try:
-        installed = version(name)
-    except PackageNotFoundError:
-        pytest.skip(f"{name} is not installed here: make test installs it")
-    if installed != LOADTEST[name]:
-        pytest.skip(f"{name} {installed} is installed here, {LOADTEST[name]} is pinned")
-    for need in map(Requirement, requires(name) or ()):
-        extra = "client" if name == "python-socketio" else ""  # which locust asks for
-        if need.marker is None or need.marker.evaluate({"extra": extra}):
-            pin = LOADTEST.get(canonicalize_name(need.name))
-            assert pin and need.specifier.contains(pin, prereleases=True), f"{name} needs {need}, pinned is {pin}"
+    extra = "client" if name == "python-socketio" else ""  # which locust asks for
+    check_needs(name, LOADTEST, LOADTEST, extra, "make test")
 
 
 def test_the_clients_have_all_they_need_and_nothing_else() -> None:
